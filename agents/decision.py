@@ -76,6 +76,26 @@ class Decision(BaseModel):
     settings: TrainSettings | None = None
 
 
+SHOT_POOL = 64
+"""The first so many train examples are the ones that Scaffolds may show as few-shot examples. Trials, probes and weight
+updates draw from the rest, so that nothing is asked that stands in the prompt."""
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """How a draft did on a few train problems: rewards in the problems' order, and how its Episodes ended."""
+
+    rewards: tuple[float, ...]
+    causes: Mapping[Cause, int]
+
+
+class TryOut(Protocol):
+    """Runs drafts on the same `problems` train problems (in the sandbox, recorded, under the incumbent's weights)
+    and returns a result for each. Costs no gate: train may be learned from."""
+
+    def __call__(self, drafts: Sequence[ScaffoldDraft], problems: int) -> Sequence[TrialResult]: ...
+
+
 class MetaAgent(Protocol):
     """Writes the first Scaffold of a run from the task's public text and train examples."""
 
@@ -89,4 +109,6 @@ class FeedbackAgent(Protocol):
         """True if the decision depends on how rewards vary at temperature 1; the loop then fills `probe` in."""
         ...
 
-    def decide(self, evidence: Evidence, examples: Sequence[Example], seed: int) -> Decision: ...
+    def decide(
+        self, evidence: Evidence, examples: Sequence[Example], seed: int, try_out: TryOut
+    ) -> Decision: ...
