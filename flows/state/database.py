@@ -1,7 +1,7 @@
 """The database: connecting, and bringing its schema up to date.
 
-SQLite by default (write-ahead log, 30 s busy time-out, foreign keys on), PostgreSQL by a `postgresql://` URL. Migrations
-are Alembic's; `Database.open` runs them when the schema is behind, so that no command needs a set-up step.
+SQLite by default (write-ahead log, 30 s busy time-out, foreign keys on), PostgreSQL by a `postgresql://` URL.
+Migrations are Alembic's; `Database.open` runs them when the schema is behind, so that no command needs a set-up step.
 """
 
 from __future__ import annotations

@@ -72,9 +72,7 @@ class RunRow(SQLModel, table=True):
     error: str | None = None
     created_at: datetime = Field(default_factory=now, sa_column=_time())
     finished_at: datetime | None = Field(default=None, sa_column=_time(True))
-    active_s: float = Field(
-        default=0.0, description="Seconds some process worked on it, kills included roughly."
-    )
+    active_s: float = Field(default=0.0, description="Seconds some process worked on it, kills included roughly.")
 
 
 class ScaffoldRow(SQLModel, table=True):
@@ -124,9 +122,7 @@ class RolloutRow(SQLModel, table=True):
     __table_args__ = (UniqueConstraint("run_id", "slot", "scaffold_id", "adapter_key"),)
     id: int | None = Field(default=None, primary_key=True)
     run_id: str = Field(foreign_key="runs.id", index=True)
-    slot: str = Field(
-        description="What it is for and which block: dev/03, trial/gen-04, train/gen-05/iter-02, test."
-    )
+    slot: str = Field(description="What it is for and which block: dev/03, trial/gen-04, train/gen-05/iter-02, test.")
     scaffold_id: str = Field(foreign_key="scaffolds.id")
     adapter_key: str = Field(default="", description="Adapter id, or empty for the base model.")
     generation: int = Field(description="The Generation that caused it.")
@@ -148,9 +144,7 @@ class EpisodeRow(SQLModel, table=True):
     problem_id: str
     sample: int
     shard: int
-    seed: int = Field(
-        sa_column=Column(BigInteger, nullable=False), description="Keys all its draws; below 2**53."
-    )
+    seed: int = Field(sa_column=Column(BigInteger, nullable=False), description="Keys all its draws; below 2**53.")
     status: str = WorkStatus.INTENDED
     cause: str | None = None
     answer: JsonValue = Field(default=None, sa_column=_json())
@@ -172,9 +166,7 @@ class ModelCallRow(SQLModel, table=True):
     digest: str
     occurrence: int
     status: str = WorkStatus.INTENDED
-    sends: int = Field(
-        default=1, description="How often it was sent; above 1 only after a kill or a failure."
-    )
+    sends: int = Field(default=1, description="How often it was sent; above 1 only after a kill or a failure.")
     asked: JsonValue = Field(default=None, sa_column=_json())
     effective: JsonValue = Field(default=None, sa_column=_json())
     request: JsonValue = Field(default=None, sa_column=_json())

@@ -285,9 +285,7 @@ def upgrade() -> None:
         sa.UniqueConstraint("weight_update_id", "iteration"),
     )
     with op.batch_alter_table("training_steps", schema=None) as batch_op:
-        batch_op.create_index(
-            batch_op.f("ix_training_steps_weight_update_id"), ["weight_update_id"], unique=False
-        )
+        batch_op.create_index(batch_op.f("ix_training_steps_weight_update_id"), ["weight_update_id"], unique=False)
 
     op.create_table(
         "model_calls",

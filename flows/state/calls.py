@@ -1,0 +1,143 @@
+"""The durable record of model calls: `agents.calls.CallRecorder` over SQL.
+
+Guarantees: a call's intent is committed before it is sent, its completion before the Scaffold sees it; a completion on
+record is never sampled again. Not guaranteed: a call in flight at a kill is sent again (`sends` counts that).
+Token ids and log-probabilities are kept as little-endian int32 and float32 arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from pydantic import JsonValue
+from sqlalchemy import ColumnElement, insert, select, update
+
+from agents.calls import CallKey
+from agents.model import Completion, ModelRequest, Sampling
+from flows.state.database import Database
+from flows.state.tables import ModelCallRow, WorkStatus, now
+
+_calls = ModelCallRow.__table__  # type: ignore[attr-defined]
+
+
+class SqlCallRecorder:
+    """Thread-safe: each method is one short transaction of its own, in plain SQL Core for speed."""
+
+    def __init__(self, database: Database) -> None:
+        self._engine = database.engine
+
+    def recorded(self, key: CallKey) -> Completion | None:
+        """See `CallRecorder.recorded`."""
+        query = select(
+            _calls.c.text, _calls.c.prompt_ids, _calls.c.completion_ids, _calls.c.logprobs, _calls.c.finish_reason
+        ).where(*_where(key), _calls.c.status == WorkStatus.DONE)
+        with self._engine.connect() as connection:
+            row = connection.execute(query).first()
+        if row is None:
+            return None
+        return Completion(
+            text=row.text,
+            prompt_ids=unpack_ids(row.prompt_ids),
+            completion_ids=unpack_ids(row.completion_ids),
+            logprobs=unpack_logprobs(row.logprobs),
+            finish_reason=row.finish_reason,
+        )
+
+    def begin(self, key: CallKey, asked: Sampling, request: ModelRequest) -> None:
+        """See `CallRecorder.begin`."""
+        with self._engine.begin() as connection:
+            again = connection.execute(
+                update(_calls).where(*_where(key)).values(sends=_calls.c.sends + 1, status=WorkStatus.INTENDED)
+            )
+            if again.rowcount == 0:
+                connection.execute(
+                    insert(_calls).values(
+                        episode_id=key.episode_id,
+                        digest=key.digest,
+                        occurrence=key.occurrence,
+                        problem_id=key.problem_id,
+                        status=WorkStatus.INTENDED,
+                        sends=1,
+                        asked=_sampling(asked),
+                        effective=_sampling(request.sampling) | {"seed": request.seed},
+                        request=_request(request),
+                        adapter_id=request.adapter,
+                        prompt_tokens=0,
+                        completion_tokens=0,
+                        wall_s=0.0,
+                        created_at=now(),
+                    )
+                )
+
+    def finish(self, key: CallKey, completion: Completion, wall_s: float) -> None:
+        """See `CallRecorder.finish`."""
+        with self._engine.begin() as connection:
+            connection.execute(
+                update(_calls)
+                .where(*_where(key), _calls.c.status != WorkStatus.DONE)
+                .values(
+                    status=WorkStatus.DONE,
+                    text=completion.text,
+                    finish_reason=completion.finish_reason,
+                    prompt_ids=pack_ids(completion.prompt_ids),
+                    completion_ids=pack_ids(completion.completion_ids),
+                    logprobs=pack_logprobs(completion.logprobs),
+                    prompt_tokens=len(completion.prompt_ids),
+                    completion_tokens=len(completion.completion_ids),
+                    wall_s=wall_s,
+                    error=None,
+                )
+            )
+
+    def failed(self, key: CallKey, reason: str) -> None:
+        """See `CallRecorder.failed`."""
+        with self._engine.begin() as connection:
+            connection.execute(
+                update(_calls)
+                .where(*_where(key), _calls.c.status != WorkStatus.DONE)
+                .values(status=WorkStatus.FAILED, error=reason[:2000])
+            )
+
+
+def pack_ids(ids: Sequence[int]) -> bytes:
+    """Token ids as little-endian int32."""
+    return np.asarray(ids, dtype="<i4").tobytes()
+
+
+def unpack_ids(packed: bytes | None) -> tuple[int, ...]:
+    """The inverse of `pack_ids`."""
+    return tuple(np.frombuffer(packed or b"", dtype="<i4").tolist())
+
+
+def pack_logprobs(logprobs: Sequence[float]) -> bytes:
+    """Log-probabilities (nats) as little-endian float32, the precision they are computed in."""
+    return np.asarray(logprobs, dtype="<f4").tobytes()
+
+
+def unpack_logprobs(packed: bytes | None) -> tuple[float, ...]:
+    """The inverse of `pack_logprobs`."""
+    return tuple(np.frombuffer(packed or b"", dtype="<f4").tolist())
+
+
+def _where(key: CallKey) -> tuple[ColumnElement[bool], ...]:
+    return (
+        _calls.c.episode_id == key.episode_id,
+        _calls.c.digest == key.digest,
+        _calls.c.occurrence == key.occurrence,
+    )
+
+
+def _sampling(sampling: Sampling) -> dict[str, JsonValue]:
+    return {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "max_tokens": sampling.max_tokens,
+        "stop": list(sampling.stop),
+    }
+
+
+def _request(request: ModelRequest) -> JsonValue:
+    if request.prompt is not None:
+        return {"prompt": request.prompt}
+    return {"messages": [{"role": m.role, "content": m.content} for m in request.messages]}

@@ -1,0 +1,560 @@
+"""The one place that writes a Run's rows (model calls apart: `flows.state.calls`).
+
+Every method is idempotent on its piece of work's key: asked twice, it finds what is there. So a step that was killed
+is simply called again. Nothing here computes; records go in, records come out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from pydantic import JsonValue
+from sqlalchemy import func, insert, update
+from sqlmodel import Session, col, select
+
+from agents.archive import Attempt, Estimate, Lever, Objective
+from agents.decision import Decision
+from agents.episode import CAUSES, Cause, EpisodeResult
+from flows.state.database import Database, StateError
+from flows.state.tables import (
+    AdapterRow,
+    DecisionRow,
+    EpisodeRow,
+    GateVerdictRow,
+    GenerationRow,
+    ModelCallRow,
+    RolloutRow,
+    RunRow,
+    RunStatus,
+    ScaffoldRow,
+    ScoreRow,
+    SpendingRow,
+    TestReadRow,
+    TrainingStepRow,
+    WeightUpdateRow,
+    WorkStatus,
+    now,
+)
+
+
+@dataclass(frozen=True)
+class RolloutPlan:
+    """A set of Episodes to be made: who (`scaffold_id`, `adapter_id`), on what (`items`), under which key."""
+
+    slot: str
+    scaffold_id: str
+    adapter_id: str | None
+    generation: int
+    split: str
+    items: Sequence[tuple[str, int]]
+    """(problem id, sample) in the order of shards."""
+    train_policy: bool = False
+
+
+class Store:
+    """Reads and writes the rows of one Run."""
+
+    def __init__(self, database: Database, run_id: str) -> None:
+        self.database = database
+        self.run_id = run_id
+
+    # --- the run -----------------------------------------------------------------------------------------------
+
+    def run(self) -> RunRow:
+        """The Run's row.
+
+        Raises:
+            StateError: there is no such run.
+        """
+        with self.database.session() as session:
+            row = session.get(RunRow, self.run_id)
+        if row is None:
+            raise StateError(f"there is no run '{self.run_id}'; `sia list` shows those there are")
+        return row
+
+    def set_status(self, status: RunStatus, *, owner: str | None = None, error: str | None = None) -> None:
+        """Record where the Run stands and who works on it."""
+        with self.database.session() as session:
+            row = session.get_one(RunRow, self.run_id)
+            row.status, row.owner, row.error = status, owner, error
+            if status is RunStatus.FINISHED:
+                row.finished_at = now()
+
+    def set_flow_run(self, flow_run_id: str) -> None:
+        """Remember which Prefect flow run works on it, so that a killed one can be marked as crashed."""
+        with self.database.session() as session:
+            session.get_one(RunRow, self.run_id).flow_run_id = flow_run_id
+
+    def add_active_time(self, seconds: float) -> None:
+        """Book working time; called at short intervals so that a kill loses little of it."""
+        with self.database.session() as session:
+            session.get_one(RunRow, self.run_id).active_s += seconds
+
+    # --- scaffolds, adapters, generations ----------------------------------------------------------------------
+
+    def save_scaffold(self, scaffold_id: str, kind: str, note: str, recipe: JsonValue) -> None:
+        """Record a Scaffold whose folder is already in place."""
+        with self.database.session() as session:
+            if session.get(ScaffoldRow, scaffold_id) is None:
+                session.add(ScaffoldRow(id=scaffold_id, kind=kind, note=note, recipe=recipe))
+
+    def save_adapter(self, adapter_id: str, base_model: str, parent_id: str | None) -> None:
+        """Record an Adapter whose folder is already in place."""
+        with self.database.session() as session:
+            if session.get(AdapterRow, adapter_id) is None:
+                session.add(AdapterRow(id=adapter_id, base_model=base_model, parent_id=parent_id))
+
+    def recipe(self, scaffold_id: str) -> JsonValue:
+        """The recipe a Scaffold was made by, if it was made by one."""
+        with self.database.session() as session:
+            return session.get_one(ScaffoldRow, scaffold_id).recipe
+
+    def generations(self) -> list[GenerationRow]:
+        """All Generations in order."""
+        with self.database.session() as session:
+            query = select(GenerationRow).where(GenerationRow.run_id == self.run_id)
+            return list(session.exec(query.order_by(col(GenerationRow.number))))
+
+    def generation(self, number: int) -> GenerationRow | None:
+        """The Generation of that number, if it was begun."""
+        with self.database.session() as session:
+            return session.exec(
+                select(GenerationRow).where(GenerationRow.run_id == self.run_id, GenerationRow.number == number)
+            ).first()
+
+    def begin_generation(
+        self,
+        number: int,
+        lever: Lever,
+        parent: int | None,
+        *,
+        scaffold_id: str | None = None,
+        adapter_id: str | None = None,
+        objective: str | None = None,
+        note: str = "",
+    ) -> GenerationRow:
+        """Write a Generation's intent; it is DONE at once if nothing remains to be made."""
+        with self.database.session() as session:
+            row = _generation(session, self.run_id, number)
+            if row is None:
+                whole = scaffold_id is not None and lever is not Lever.WEIGHTS
+                row = GenerationRow(
+                    run_id=self.run_id,
+                    number=number,
+                    lever=lever,
+                    parent=parent,
+                    scaffold_id=scaffold_id,
+                    adapter_id=adapter_id,
+                    objective=objective,
+                    note=note,
+                    status=WorkStatus.DONE if whole else WorkStatus.INTENDED,
+                )
+                session.add(row)
+            return row
+
+    def complete_generation(
+        self,
+        number: int,
+        *,
+        scaffold_id: str | None = None,
+        adapter_id: str | None = None,
+        status: WorkStatus = WorkStatus.DONE,
+        note: str | None = None,
+    ) -> None:
+        """Fill in what was made; FAILED for a candidate that could not be made (then the gate rejects it)."""
+        with self.database.session() as session:
+            row = _generation(session, self.run_id, number)
+            assert row is not None, "a generation is begun before it is completed"
+            row.scaffold_id = scaffold_id or row.scaffold_id
+            row.adapter_id = adapter_id or row.adapter_id
+            row.status = status
+            row.note = note or row.note
+
+    def accept(self, number: int, accepted: bool) -> None:
+        """Record the gate's word."""
+        with self.database.session() as session:
+            row = _generation(session, self.run_id, number)
+            assert row is not None, "a generation is begun before it is judged"
+            row.accepted = accepted
+
+    def incumbent(self) -> GenerationRow:
+        """The last accepted Generation."""
+        return [g for g in self.generations() if g.accepted][-1]
+
+    # --- rollouts and episodes ---------------------------------------------------------------------------------
+
+    def open_rollout(self, plan: RolloutPlan, seeds: Sequence[int], shard_episodes: int) -> int:
+        """Write the intent of a rollout with all its Episodes, or find it; returns its id."""
+        key = plan.adapter_id or ""
+        with self.database.session() as session:
+            found = session.exec(
+                select(RolloutRow).where(
+                    RolloutRow.run_id == self.run_id,
+                    RolloutRow.slot == plan.slot,
+                    RolloutRow.scaffold_id == plan.scaffold_id,
+                    RolloutRow.adapter_key == key,
+                )
+            ).first()
+            if found is not None:
+                assert found.id is not None
+                return found.id
+            row = RolloutRow(
+                run_id=self.run_id,
+                slot=plan.slot,
+                scaffold_id=plan.scaffold_id,
+                adapter_key=key,
+                generation=plan.generation,
+                split=plan.split,
+                train_policy=plan.train_policy,
+                episodes=len(plan.items),
+            )
+            session.add(row)
+            session.flush()
+            assert row.id is not None
+            rows = [
+                {
+                    "rollout_id": row.id,
+                    "problem_id": problem_id,
+                    "sample": sample,
+                    "shard": i // shard_episodes,
+                    "seed": seed,
+                    "status": WorkStatus.INTENDED,
+                    "detail": "",
+                    "wall_s": 0.0,
+                    "infrastructure_failures": 0,
+                }
+                for i, ((problem_id, sample), seed) in enumerate(zip(plan.items, seeds, strict=True))
+            ]
+            session.execute(insert(EpisodeRow), rows)
+            return row.id
+
+    def rollout(self, rollout_id: int) -> RolloutRow:
+        """A rollout's row."""
+        with self.database.session() as session:
+            return session.get_one(RolloutRow, rollout_id)
+
+    def find_rollout(self, slot: str, scaffold_id: str, adapter_id: str | None) -> RolloutRow | None:
+        """The rollout of that key, if it was begun."""
+        with self.database.session() as session:
+            return session.exec(
+                select(RolloutRow).where(
+                    RolloutRow.run_id == self.run_id,
+                    RolloutRow.slot == slot,
+                    RolloutRow.scaffold_id == scaffold_id,
+                    RolloutRow.adapter_key == (adapter_id or ""),
+                )
+            ).first()
+
+    def rollouts(self, slot_prefix: str, scaffold_id: str, adapter_id: str | None) -> list[RolloutRow]:
+        """Finished rollouts of a (Scaffold, Adapter) whose slot begins so."""
+        with self.database.session() as session:
+            query = select(RolloutRow).where(
+                RolloutRow.run_id == self.run_id,
+                col(RolloutRow.slot).startswith(slot_prefix),
+                RolloutRow.scaffold_id == scaffold_id,
+                RolloutRow.adapter_key == (adapter_id or ""),
+                RolloutRow.status == WorkStatus.DONE,
+            )
+            return list(session.exec(query.order_by(col(RolloutRow.slot))))
+
+    def unfinished_shards(self, rollout_id: int) -> list[int]:
+        """Shards with Episodes still to be made."""
+        with self.database.session() as session:
+            query = select(EpisodeRow.shard).where(
+                EpisodeRow.rollout_id == rollout_id, EpisodeRow.status == WorkStatus.INTENDED
+            )
+            return sorted(set(session.exec(query)))
+
+    def unfinished_episodes(self, rollout_id: int, shard: int | None = None) -> list[EpisodeRow]:
+        """Episodes still to be made, of one shard or of all."""
+        with self.database.session() as session:
+            query = select(EpisodeRow).where(
+                EpisodeRow.rollout_id == rollout_id, EpisodeRow.status == WorkStatus.INTENDED
+            )
+            if shard is not None:
+                query = query.where(EpisodeRow.shard == shard)
+            return list(session.exec(query.order_by(col(EpisodeRow.id))))
+
+    def finish_episodes(self, results: Iterable[EpisodeResult]) -> None:
+        """Record endings. One that measures nothing is only counted, and stays to be made again."""
+        with self.database.session() as session:
+            for result in results:
+                if not CAUSES[result.cause].measures:
+                    session.execute(
+                        update(EpisodeRow)
+                        .where(col(EpisodeRow.id) == result.episode_id)
+                        .values(
+                            infrastructure_failures=EpisodeRow.infrastructure_failures + 1,
+                            cause=result.cause,
+                            detail=result.detail,
+                        )
+                    )
+                    continue
+                session.execute(
+                    update(EpisodeRow)
+                    .where(col(EpisodeRow.id) == result.episode_id, col(EpisodeRow.status) == WorkStatus.INTENDED)
+                    .values(
+                        status=WorkStatus.DONE,
+                        cause=result.cause,
+                        answer=result.answer,
+                        events=list(result.events) or None,
+                        detail=result.detail,
+                        wall_s=result.wall_s,
+                        finished_at=now(),
+                    )
+                )
+
+    def episodes(self, rollout_id: int) -> list[EpisodeRow]:
+        """All Episodes of a rollout in order."""
+        with self.database.session() as session:
+            query = select(EpisodeRow).where(EpisodeRow.rollout_id == rollout_id)
+            return list(session.exec(query.order_by(col(EpisodeRow.id))))
+
+    def completions(self, rollout_id: int) -> dict[int, list[str]]:
+        """Episode id -> texts of its recorded completions."""
+        texts: dict[int, list[str]] = {}
+        with self.database.session() as session:
+            query = (
+                select(ModelCallRow.episode_id, ModelCallRow.text)
+                .join(EpisodeRow, col(EpisodeRow.id) == col(ModelCallRow.episode_id))
+                .where(EpisodeRow.rollout_id == rollout_id, ModelCallRow.status == WorkStatus.DONE)
+            )
+            for episode_id, text in session.exec(query):
+                texts.setdefault(episode_id, []).append(text or "")
+        return texts
+
+    def save_scores(self, rollout_id: int, scores: Sequence[tuple[int, float, str]]) -> None:
+        """Record (episode id, reward, reason) and close the rollout."""
+        with self.database.session() as session:
+            known = set(
+                session.exec(
+                    select(ScoreRow.episode_id)
+                    .join(EpisodeRow, col(EpisodeRow.id) == col(ScoreRow.episode_id))
+                    .where(EpisodeRow.rollout_id == rollout_id)
+                )
+            )
+            fresh = [
+                {"episode_id": episode_id, "reward": reward, "reason": reason}
+                for episode_id, reward, reason in scores
+                if episode_id not in known
+            ]
+            if fresh:
+                session.execute(insert(ScoreRow), fresh)
+            row = session.get_one(RolloutRow, rollout_id)
+            if row.status != WorkStatus.DONE:
+                row.status, row.finished_at = WorkStatus.DONE, now()
+
+    def rewards(self, rollout_id: int) -> dict[tuple[str, int], float]:
+        """(problem id, sample) -> reward of a scored rollout."""
+        with self.database.session() as session:
+            query = (
+                select(EpisodeRow.problem_id, EpisodeRow.sample, ScoreRow.reward)
+                .join(ScoreRow, col(ScoreRow.episode_id) == col(EpisodeRow.id))
+                .where(EpisodeRow.rollout_id == rollout_id)
+                .order_by(col(EpisodeRow.id))
+            )
+            return {(problem_id, sample): reward for problem_id, sample, reward in session.exec(query)}
+
+    def causes(self, rollout_id: int) -> dict[Cause, int]:
+        """How a rollout's Episodes ended."""
+        with self.database.session() as session:
+            query = (
+                select(EpisodeRow.cause, func.count())
+                .where(EpisodeRow.rollout_id == rollout_id, EpisodeRow.status == WorkStatus.DONE)
+                .group_by(col(EpisodeRow.cause))
+            )
+            return {Cause(cause): int(count) for cause, count in session.exec(query) if cause is not None}
+
+    # --- decisions, verdicts, weight updates, the sealed test, spending ----------------------------------------
+
+    def decision(self, after_generation: int) -> DecisionRow | None:
+        """The decision made after a Generation, if there is one."""
+        with self.database.session() as session:
+            return session.exec(
+                select(DecisionRow).where(
+                    DecisionRow.run_id == self.run_id, DecisionRow.after_generation == after_generation
+                )
+            ).first()
+
+    def save_decision(
+        self, after_generation: int, decision: Decision, scaffold_id: str | None, evidence: JsonValue
+    ) -> DecisionRow:
+        """Record a decision with the evidence it was made on; the first one recorded stands."""
+        found = self.decision(after_generation)
+        if found is not None:
+            return found
+        with self.database.session() as session:
+            row = DecisionRow(
+                run_id=self.run_id,
+                after_generation=after_generation,
+                lever=decision.lever,
+                reasons=list(decision.reasons),
+                scaffold_id=scaffold_id,
+                settings=decision.settings.model_dump(mode="json") if decision.settings else None,
+                evidence=evidence,
+            )
+            session.add(row)
+        return row
+
+    def verdict(self, gate: int) -> GateVerdictRow | None:
+        """The verdict of a gate, if it has spoken."""
+        with self.database.session() as session:
+            return session.exec(
+                select(GateVerdictRow).where(GateVerdictRow.run_id == self.run_id, GateVerdictRow.gate == gate)
+            ).first()
+
+    def save_verdict(self, row: GateVerdictRow) -> None:
+        """Record a verdict and what follows from it for the candidate, in one transaction."""
+        with self.database.session() as session:
+            known = select(GateVerdictRow).where(GateVerdictRow.run_id == self.run_id, GateVerdictRow.gate == row.gate)
+            if session.exec(known).first() is None:
+                session.add(row)
+            generation = _generation(session, self.run_id, row.generation)
+            assert generation is not None, "a generation is begun before it is judged"
+            generation.accepted = row.accepted
+
+    def begin_weight_update(
+        self, generation: int, objective: Objective, settings: JsonValue, start_adapter_id: str | None
+    ) -> WeightUpdateRow:
+        """Write the intent of a WeightUpdate, or find it."""
+        with self.database.session() as session:
+            row = session.exec(
+                select(WeightUpdateRow).where(
+                    WeightUpdateRow.run_id == self.run_id, WeightUpdateRow.generation == generation
+                )
+            ).first()
+            if row is None:
+                row = WeightUpdateRow(
+                    run_id=self.run_id,
+                    generation=generation,
+                    objective=objective,
+                    settings=settings,
+                    start_adapter_id=start_adapter_id,
+                )
+                session.add(row)
+            return row
+
+    def finish_weight_update(self, weight_update_id: int, status: WorkStatus, adapter_id: str | None) -> None:
+        """Close a WeightUpdate."""
+        with self.database.session() as session:
+            row = session.get_one(WeightUpdateRow, weight_update_id)
+            row.status, row.adapter_id = status, adapter_id
+
+    def training_steps(self, weight_update_id: int) -> list[TrainingStepRow]:
+        """Committed iterations in order."""
+        with self.database.session() as session:
+            query = select(TrainingStepRow).where(TrainingStepRow.weight_update_id == weight_update_id)
+            return list(session.exec(query.order_by(col(TrainingStepRow.iteration))))
+
+    def save_training_step(self, row: TrainingStepRow) -> None:
+        """Commit an iteration; its checkpoint and adapter are already on disk."""
+        with self.database.session() as session:
+            session.add(row)
+
+    def training_calls(self, rollout_id: int) -> list[tuple[EpisodeRow, float, list[ModelCallRow]]]:
+        """Episodes of a training rollout with reward and attributed calls, in a fixed order."""
+        with self.database.session() as session:
+            episodes = session.exec(
+                select(EpisodeRow, ScoreRow.reward)
+                .join(ScoreRow, col(ScoreRow.episode_id) == col(EpisodeRow.id))
+                .where(EpisodeRow.rollout_id == rollout_id)
+                .order_by(col(EpisodeRow.id))
+            ).all()
+            calls: dict[int, list[ModelCallRow]] = {}
+            for call in session.exec(
+                select(ModelCallRow)
+                .join(EpisodeRow, col(EpisodeRow.id) == col(ModelCallRow.episode_id))
+                .where(
+                    EpisodeRow.rollout_id == rollout_id,
+                    ModelCallRow.status == WorkStatus.DONE,
+                    col(ModelCallRow.problem_id).is_not(None),
+                )
+                .order_by(col(ModelCallRow.digest), col(ModelCallRow.occurrence))
+            ):
+                calls.setdefault(call.episode_id, []).append(call)
+            return [(episode, reward, calls.get(episode.id or 0, [])) for episode, reward in episodes]
+
+    def record_test_read(self, arm: str, generation: int, rollout_id: int) -> None:
+        """Write that an arm reads the sealed test, before it does."""
+        with self.database.session() as session:
+            known = select(TestReadRow).where(TestReadRow.run_id == self.run_id, TestReadRow.arm == arm)
+            if session.exec(known).first() is None:
+                session.add(TestReadRow(run_id=self.run_id, arm=arm, generation=generation, rollout_id=rollout_id))
+
+    def test_reads(self) -> list[TestReadRow]:
+        """Recorded reads of the sealed test."""
+        with self.database.session() as session:
+            return list(session.exec(select(TestReadRow).where(TestReadRow.run_id == self.run_id)))
+
+    def spend(self, generation: int, step: str, **amounts: float) -> None:
+        """Book what a step cost; a step booked before is not booked twice."""
+        with self.database.session() as session:
+            known = set(
+                session.exec(
+                    select(SpendingRow.kind).where(SpendingRow.run_id == self.run_id, SpendingRow.step == step)
+                )
+            )
+            for kind, amount in amounts.items():
+                if kind not in known:
+                    session.add(
+                        SpendingRow(run_id=self.run_id, generation=generation, step=step, kind=kind, amount=amount)
+                    )
+
+    def tokens(self, rollout_id: int) -> tuple[int, int]:
+        """Prompt and completion tokens of a rollout's recorded calls."""
+        with self.database.session() as session:
+            prompt, completion = session.exec(
+                select(func.sum(ModelCallRow.prompt_tokens), func.sum(ModelCallRow.completion_tokens))
+                .join(EpisodeRow, col(EpisodeRow.id) == col(ModelCallRow.episode_id))
+                .where(EpisodeRow.rollout_id == rollout_id, ModelCallRow.status == WorkStatus.DONE)
+            ).one()
+            return int(prompt or 0), int(completion or 0)
+
+    # --- the archive -------------------------------------------------------------------------------------------
+
+    def attempt(self, row: GenerationRow, dev: Estimate | None) -> Attempt:
+        """A Generation as the archive shows it to a Feedback-Agent."""
+        recipe = self.recipe(row.scaffold_id) if row.scaffold_id else None
+        return Attempt(
+            generation=row.number,
+            lever=Lever(row.lever),
+            parent=row.parent,
+            scaffold_id=row.scaffold_id or "",
+            adapter_id=row.adapter_id,
+            recipe=recipe if isinstance(recipe, dict) else None,
+            dev=dev,
+            accepted=row.accepted,
+            objective=Objective(row.objective) if row.objective else None,
+            note=row.note,
+        )
+
+
+def create_run(database: Database, row: RunRow) -> None:
+    """Insert a Run.
+
+    Raises:
+        StateError: the name is taken.
+    """
+    with database.session() as session:
+        if session.get(RunRow, row.id) is not None:
+            raise StateError(f"there is a run '{row.id}' already")
+        session.add(row)
+
+
+def find_run(database: Database, run_id: str) -> RunRow | None:
+    """The Run of that name, if there is one."""
+    with database.session() as session:
+        return session.get(RunRow, run_id)
+
+
+def run_names(database: Database) -> list[str]:
+    """Names of all Runs."""
+    with database.session() as session:
+        return list(session.exec(select(RunRow.id).order_by(col(RunRow.created_at))))
+
+
+def _generation(session: Session, run_id: str, number: int) -> GenerationRow | None:
+    return session.exec(
+        select(GenerationRow).where(GenerationRow.run_id == run_id, GenerationRow.number == number)
+    ).first()
