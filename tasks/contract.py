@@ -131,6 +131,11 @@ class Task(Protocol):
         """The reward in [0, 1] of an answer. Any JSON is a legal argument; what is not a right answer is 0."""
         ...
 
+    def asked(self, split: Split) -> Sequence[Problem]:
+        """The problems a rollout over `split` asks: all of it, but for a `program` task's `train`, of which a fixed
+        part is asked and the rest left to learn from."""
+        ...
+
     def write_dataset(self, split: Split, directory: Path) -> None:
         """`program` tasks: write what a program may read to be asked about `split` (never its gold)."""
         ...

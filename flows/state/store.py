@@ -110,6 +110,11 @@ class Store:
         with self.database.session() as session:
             return session.get_one(ScaffoldRow, scaffold_id).recipe
 
+    def scaffold_note(self, scaffold_id: str) -> str:
+        """What a Scaffold's author said of it."""
+        with self.database.session() as session:
+            return session.get_one(ScaffoldRow, scaffold_id).note
+
     def generations(self) -> list[GenerationRow]:
         """All Generations in order."""
         with self.database.session() as session:

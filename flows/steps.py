@@ -1,0 +1,84 @@
+"""The five steps of a Generation as Prefect tasks: what may be retried alone, with its time-out and its name in the UI.
+
+Tasks take plain ids and look the rest up (`flows.workshop`), and every one is idempotent on the state, so a Retry from
+the Prefect UI, a resumed run and a scheduled one all go on where the state stands. Nothing is cached by Prefect: SQL is
+the truth.
+"""
+
+from __future__ import annotations
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from flows.work import choices, rollouts, weights
+from flows.workshop import workshop
+
+RETRIES = 2
+RETRY_DELAY_S = 1
+QUICK_S = 300
+LONG_S = 3600
+
+
+@task(
+    name="scaffold synthesis",
+    task_run_name="{label}",
+    retries=RETRIES,
+    retry_delay_seconds=RETRY_DELAY_S,
+    timeout_seconds=QUICK_S,
+    cache_policy=NO_CACHE,
+)
+def synthesise_scaffold(run_id: str, number: int, label: str) -> None:
+    """The Meta-Agent writes the first Scaffold."""
+    choices.synthesise(workshop(run_id), number)
+
+
+@task(
+    name="sandboxed rollout",
+    task_run_name="{label}",
+    retries=RETRIES,
+    retry_delay_seconds=RETRY_DELAY_S,
+    timeout_seconds=LONG_S,
+    cache_policy=NO_CACHE,
+)
+def roll_out_shard(run_id: str, rollout_id: int, shard: int, label: str) -> None:
+    """One sandbox's worth of Episodes."""
+    rollouts.run_shard(workshop(run_id), rollout_id, shard)
+
+
+@task(
+    name="verifier scoring",
+    task_run_name="{label}",
+    retries=RETRIES,
+    retry_delay_seconds=RETRY_DELAY_S,
+    timeout_seconds=QUICK_S,
+    cache_policy=NO_CACHE,
+)
+def score_rollout(run_id: str, rollout_id: int, label: str) -> None:
+    """The verifier's word on every Episode, from the recorded answers alone."""
+    rollouts.score_rollout(workshop(run_id), rollout_id)
+
+
+@task(
+    name="feedback decision",
+    task_run_name="{label}",
+    retries=RETRIES,
+    retry_delay_seconds=RETRY_DELAY_S,
+    timeout_seconds=LONG_S,
+    cache_policy=NO_CACHE,
+)
+def decide(run_id: str, after: int, probe_rollout: int | None, label: str) -> str:
+    """The Feedback-Agent reads the evidence and pulls a lever; returns which."""
+    return choices.decide(workshop(run_id), after, probe_rollout).lever
+
+
+@task(
+    name="conditional training",
+    task_run_name="{label}",
+    retries=RETRIES,
+    retry_delay_seconds=RETRY_DELAY_S,
+    timeout_seconds=LONG_S,
+    cache_policy=NO_CACHE,
+)
+def train_step(run_id: str, number: int, iteration: int, rollout_id: int, label: str) -> str:
+    """One committed step of a WeightUpdate; returns the Adapter's id after it."""
+    return weights.train_step(workshop(run_id), number, iteration, rollout_id)

@@ -1,0 +1,239 @@
+"""The workshop: what one process needs to work on one Run, each part opened on first use.
+
+Prefect tasks take plain ids and ask `workshop(run_id)` for the rest, so that the same task works in the process that
+started the Run, in one that resumes it, and in a worker that retries it from the Prefect UI. A resumed Run whose
+next steps are all on record never loads the model.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from agents.gateway import Gateway
+
+from agents.decision import FeedbackAgent, MetaAgent, ScaffoldDraft
+from agents.model import Engine
+from agents.sandbox import BubblewrapSandbox, NoSandbox, Sandbox
+from agents.scaffold import Scaffold, read_scaffold, store_scaffold
+from flows.progress import Progress
+from flows.settings import Places, RunSettings, SandboxKind
+from flows.state.calls import SqlCallRecorder
+from flows.state.database import Database
+from flows.state.store import Store
+from flows.state.tables import RolloutRow
+from flows.watch import QuietProgress
+from tasks.contract import Problem, Split, Task, TaskSpec
+from tasks.loader import load_task
+
+if TYPE_CHECKING:
+    from training.trainer import Trainer
+
+Part = TypeVar("Part")
+
+
+class Workshop:
+    """Opened for one Run; `close` ends its threads and removes its socket."""
+
+    def __init__(self, places: Places, database: Database, run_id: str, progress: Progress) -> None:
+        self.places = places
+        self.database = database
+        self.run_id = run_id
+        self.progress = progress
+        self.store = Store(database, run_id)
+        row = self.store.run()
+        self.settings = RunSettings.model_validate(row.settings)
+        self.task: Task = load_task(row.task, places.cache, progress.note)
+        self.trainer: tuple[int, int, Trainer] | None = None
+        """(generation, iterations done, trainer) of the WeightUpdate at hand."""
+        self._lock = threading.RLock()
+        self._parts: dict[str, object] = {}
+        self._problems: dict[Split, dict[str, Problem]] = {}
+        self._tallies: dict[int, list[float]] = {}
+        self._scaffolds: dict[str, Scaffold] = {}
+        self._sockets = Path(tempfile.mkdtemp(prefix="sia-"))
+
+    @property
+    def spec(self) -> TaskSpec:
+        """The task's specification."""
+        return self.task.spec
+
+    @property
+    def folder(self) -> Path:
+        """The Run's own folder."""
+        return self.places.run_folder(self.run_id)
+
+    def problem(self, split: Split, problem_id: str) -> Problem:
+        """A problem by its id."""
+        with self._lock:
+            if split not in self._problems:
+                self._problems[split] = {p.id: p for p in self.task.problems(split)}
+        return self._problems[split][problem_id]
+
+    @property
+    def sandbox(self) -> Sandbox:
+        """Where scaffold code runs; checked once to hold.
+
+        Raises:
+            SandboxUnavailable: bubblewrap does not work on this machine.
+        """
+
+        def make() -> Sandbox:
+            kind = self.settings.sandbox
+            sandbox: Sandbox = BubblewrapSandbox() if kind is SandboxKind.BUBBLEWRAP else NoSandbox()
+            sandbox.preflight()
+            return sandbox
+
+        return self._part("sandbox", make)
+
+    @property
+    def engine(self) -> Engine:
+        """The Task-Specific Agent's model."""
+
+        def make() -> Engine:
+            from training.engine import LocalEngine
+
+            return LocalEngine(self.model_folder, self.adapter_path, deterministic=self.settings.deterministic)
+
+        return self._part("engine", make)
+
+    @property
+    def model_folder(self) -> Path:
+        """The base model's folder, converted on first use."""
+
+        def make() -> Path:
+            from training.base_model import ensure_base_model
+
+            name = self.settings.model or ""
+            return Path(name) if "/" in name else ensure_base_model(name, self.progress.note)
+
+        return self._part("model", make)
+
+    @property
+    def gateway(self) -> Gateway:
+        """The sandboxes' only way out, listening."""
+
+        def make() -> Gateway:
+            gateway = Gateway(self.engine, SqlCallRecorder(self.database), self._sockets / "g.sock")
+            gateway.start()
+            return gateway
+
+        return self._part("gateway", make)
+
+    @property
+    def meta_agent(self) -> MetaAgent:
+        """Writes the first Scaffold."""
+
+        def make() -> MetaAgent:
+            from agents.meta_agent import OfflineMetaAgent
+
+            return OfflineMetaAgent()
+
+        return self._part("meta", make)
+
+    @property
+    def feedback_agent(self) -> FeedbackAgent:
+        """Decides from evidence."""
+
+        def make() -> FeedbackAgent:
+            from agents.feedback_agent import OfflineFeedbackAgent
+            from agents.levers import LeverRules
+
+            return OfflineFeedbackAgent(
+                rules=LeverRules(patience=self.settings.harness_patience),
+                drafts=self.settings.trial_drafts,
+                trial_problems=self.settings.trial_problems,
+            )
+
+        return self._part("feedback", make)
+
+    def watch_rollout(self, rollout: RolloutRow) -> Callable[[float], None]:
+        """A counter to call with each Episode's reward as it ends; shards of one rollout share it. For the eye only:
+        the scores of record come from the verifier when the rollout is whole."""
+        with self._lock:
+            tally = self._tallies.setdefault(rollout.id or 0, [rollout.episodes - self._left(rollout), 0, 0.0])
+
+        def count(reward: float) -> None:
+            with self._lock:
+                tally[0] += 1
+                tally[1] += 1
+                tally[2] += reward
+                done, mean = int(tally[0]), tally[2] / tally[1]
+            self.progress.advance(done, mean)
+
+        return count
+
+    def _left(self, rollout: RolloutRow) -> int:
+        return len(self.store.unfinished_episodes(rollout.id or 0))
+
+    def adapter_path(self, adapter_id: str) -> Path:
+        """Folder of an Adapter."""
+        return self.places.adapters / adapter_id
+
+    def scaffold(self, scaffold_id: str) -> Scaffold:
+        """A stored Scaffold, checked once."""
+        with self._lock:
+            if scaffold_id not in self._scaffolds:
+                self._scaffolds[scaffold_id] = read_scaffold(self.places.scaffolds / scaffold_id)
+            return self._scaffolds[scaffold_id]
+
+    def keep_scaffold(self, draft: ScaffoldDraft) -> str:
+        """Store a draft's files and row; returns the Scaffold's id.
+
+        Raises:
+            ScaffoldError: the files are no Scaffold.
+        """
+        scaffold = store_scaffold(draft, self.places.scaffolds)
+        self.store.save_scaffold(scaffold.id, self.spec.kind, draft.note, draft.recipe)
+        return scaffold.id
+
+    def close(self) -> None:
+        """End what was opened."""
+        with self._lock:
+            gateway, engine = self._parts.get("gateway"), self._parts.get("engine")
+            if isinstance(gateway, Gateway):
+                gateway.stop()
+            if engine is not None:
+                self.engine.close()
+            self._parts.clear()
+        shutil.rmtree(self._sockets, ignore_errors=True)
+
+    def _part(self, name: str, make: Callable[[], Part]) -> Part:
+        with self._lock:
+            if name not in self._parts:
+                self._parts[name] = make()
+            return self._parts[name]  # type: ignore[return-value]
+
+
+_open: dict[str, Workshop] = {}
+_open_lock = threading.Lock()
+
+
+def open_workshop(places: Places, database: Database, run_id: str, progress: Progress) -> Workshop:
+    """Open the workshop of a Run for this process."""
+    shop = Workshop(places, database, run_id, progress)
+    with _open_lock:
+        _open[run_id] = shop
+    return shop
+
+
+def workshop(run_id: str) -> Workshop:
+    """This process's workshop of a Run, opened from the environment's places if need be."""
+    with _open_lock:
+        shop = _open.get(run_id)
+    if shop is None:
+        places = Places.from_environment()
+        shop = open_workshop(places, Database.open(places.database_url), run_id, QuietProgress())
+    return shop
+
+
+def close_workshop(run_id: str) -> None:
+    """Close and forget the workshop of a Run."""
+    with _open_lock:
+        shop = _open.pop(run_id, None)
+    if shop is not None:
+        shop.close()
