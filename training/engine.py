@@ -15,10 +15,11 @@ equality between two batchings. Rounding differs by about 3e-5 in a logit, which
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +42,7 @@ MERGED_MODELS = 3
 """Adapters whose merged weights (a whole model each) are kept in memory."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Call:
     """A submitted request and, once it is admitted, the row of the batch that answers it."""
 
@@ -116,7 +117,7 @@ class LocalEngine:
         if self._worker is not None:
             self._worker.join()
         for call in self._waiting:
-            _fail(call, EngineError("the engine is closed"))
+            _fail(call, "the engine is closed")
         self._waiting.clear()
         self._trees.clear()
         self._loaded = None
@@ -135,10 +136,10 @@ class LocalEngine:
                 self._turn(adapter, rows)
             except Exception as error:
                 self._trees.pop(adapter, None)
-                failure = EngineError(f"the model failed: {type(error).__name__}: {error}")
-                failure.__cause__ = error
+                logging.getLogger(__name__).debug("a turn of %s failed", adapter or "the base model", exc_info=True)
+                reason = str(error) if isinstance(error, EngineError) else f"the model failed: {error!r}"
                 for call in rows:
-                    _fail(call, failure)
+                    _fail(call, reason)
 
     def _gather(self) -> bool:
         """Wait until there is something to do and no more seems to be coming. False once the engine is closed."""
@@ -160,45 +161,42 @@ class LocalEngine:
         loaded = self._load()
         tree = self._tree(adapter, loaded)
         logits: dict[int, torch.Tensor] = {}
-        fresh = list(rows)
-        while True:
+        while rows:
+            if self._closed:
+                raise EngineError("the engine is closed")
+            fresh = [call for call in rows if call.node < 0 and _prepare(call, loaded)]
+            rows[:] = [call for call in rows if not call.future.done()]
             if fresh:
-                rows[:] = [call for call in rows if call not in fresh or _prepare(call, loaded)]
-                fresh = [call for call in rows if call in fresh]
                 nodes, behind = tree.prefill([call.prompt_ids for call in fresh])
                 for call, node in zip(fresh, nodes, strict=True):
                     call.node = node
                 logits |= behind
             self._sample(rows, logits, tree, loaded)
-            if self._closed:
-                raise EngineError("the engine is closed")
-            going = [call for call in rows if not call.future.done()]
-            rows[:] = going
-            nodes, logits = tree.extend([(call.node, call.ids[-1]) for call in rows]) if rows else ([], {})
-            for call, node in zip(rows, nodes, strict=True):
-                call.node = node
-            fresh = [] if self._deterministic else list(self._take(adapter, self._room(rows), joining=True))
-            rows.extend(fresh)
-            if not rows:
-                return
+            rows[:] = [call for call in rows if not call.future.done()]
+            if rows:
+                nodes, logits = tree.extend([(call.node, call.ids[-1]) for call in rows])
+                for call, node in zip(rows, nodes, strict=True):
+                    call.node = node
+            if not self._deterministic:
+                rows.extend(self._take(adapter, self._room(rows), joining=True))
 
     def _room(self, rows: Sequence[_Call]) -> int:
         return 1 if self._deterministic else self._max_rows - len(rows)
 
-    def _take(self, adapter: str | None, most: int, joining: bool = False) -> Iterator[_Call]:
+    def _take(self, adapter: str | None, most: int, joining: bool = False) -> list[_Call]:
         """Claim up to `most` waiting calls of an Adapter, oldest first; none to a turn that others wait for."""
+        taken: list[_Call] = []
         with self._changed:
             if joining and any(call.request.adapter != adapter for call in self._waiting):
-                return
+                return taken
             kept: deque[_Call] = deque()
-            while self._waiting and most > 0:
-                call = self._waiting.popleft()
-                if call.request.adapter != adapter:
+            for call in self._waiting:
+                if call.request.adapter != adapter or len(taken) == most:
                     kept.append(call)
                 elif call.future.set_running_or_notify_cancel():
-                    most -= 1
-                    yield call
-            self._waiting.extendleft(reversed(kept))
+                    taken.append(call)
+            self._waiting = kept
+        return taken
 
     def _sample(self, rows: Sequence[_Call], logits: dict[int, torch.Tensor], tree: KvTree, loaded: _Loaded) -> None:
         """Draw the next token of every row and end those that are through."""
@@ -277,9 +275,9 @@ def merge_adapter(base: PreTrainedModel, adapter_dir: Path) -> PreTrainedModel:
     return merged.eval().requires_grad_(False)
 
 
-def _fail(call: _Call, error: Exception) -> None:
-    if not call.future.done():
-        call.future.set_exception(error)
+def _fail(call: _Call, reason: str) -> None:
+    if not call.future.done():  # one error object a call: a raised exception carries its own traceback
+        call.future.set_exception(EngineError(reason))
 
 
 def _prepare(call: _Call, loaded: _Loaded) -> bool:

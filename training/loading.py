@@ -42,11 +42,15 @@ def read_facts(model_dir: Path) -> ModelFacts:
 
 def load_model(model_dir: Path, device: str) -> PreTrainedModel:
     """The weights in fp32, in evaluation mode. On a CPU without matrix units fp32 beats bf16 several times over."""
+    import warnings
+
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    # PEFT still reads a property that transformers has renamed; nobody at a terminal can do anything about it.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="sdpa")
     return model.to(device).eval()
 
