@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from agents.archive import Estimate, Lever
 from flows.records import DecisionView, Difference, GenerationView, RunView, TestArm, VerdictView
 from flows.settings import SandboxKind
+from flows.state.tables import RunStatus
 
 LEVERS: Mapping[str, str] = {
     Lever.FIRST: "first scaffold",
@@ -141,9 +142,17 @@ def _finding(found: Difference) -> str:
 def _unfinished(view: RunView) -> str:
     if view.evaluations and not view.generations:
         return "An evaluation of one scaffold; no search and no sealed test."
-    if view.status == "failed":
+    if view.status == RunStatus.FAILED:
         return f"This run failed before its sealed test was scored; `sia resume {view.id}` goes on from there."
     return f"The sealed test is not scored yet; the run is {view.status}."
+
+
+def standing(view: RunView) -> str:
+    """Where a Run stands, in a word: one whose test is scored and that has nothing open is finished, even in the last
+    second while its process is still tidying up."""
+    if view.status == RunStatus.RUNNING and view.arm("winner") is not None and not view.open_work:
+        return RunStatus.FINISHED.capitalize()
+    return view.status.capitalize()
 
 
 def decision_title(found: DecisionView) -> str:
