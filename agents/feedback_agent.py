@@ -16,7 +16,7 @@ Decision rebuilds its study from the archive's recipes, dev means and trials, an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -35,9 +35,10 @@ class SearchRules(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     first_batch: int = Field(default=6, ge=1)
     second_batch: int = Field(default=3, ge=0)
+    neighbours: int = Field(default=2, ge=0, description="Of a batch, one choice away from the best recipe known.")
     problems: int = Field(default=48, ge=1, description="Train problems a trial.")
     finalists: int = Field(default=2, ge=1, description="Recipes tried again on `final_problems`.")
-    final_problems: int = Field(default=144, ge=1)
+    final_problems: int = Field(default=96, ge=1)
     program_drafts: int = Field(default=2, ge=1)
 
 
@@ -57,11 +58,18 @@ class OfflineFeedbackAgent:
     Args:
         levers: when which lever is pulled.
         search: how much a harness Decision tries.
+        update: fields of `TrainSettings` (size and rate of a WeightUpdate) that differ from its defaults.
     """
 
-    def __init__(self, levers: LeverRules | None = None, search: SearchRules | None = None) -> None:
+    def __init__(
+        self,
+        levers: LeverRules | None = None,
+        search: SearchRules | None = None,
+        update: Mapping[str, int | float] | None = None,
+    ) -> None:
         self.levers = levers or LeverRules()
         self.search = search or SearchRules()
+        self.update = dict(update or {})
 
     def needs_probe(self, evidence: Evidence) -> bool:
         """True exactly when the weight lever is due, so that only the probe is wanting."""
@@ -81,7 +89,7 @@ class OfflineFeedbackAgent:
         if choice.lever is Lever.WEIGHTS and choice.objective is not None:
             start = _incumbent(evidence).adapter_id
             onward = f"goes on from adapter {start}" if start else "starts from the base model"
-            settings = TrainSettings(objective=choice.objective)
+            settings = TrainSettings.model_validate({**self.update, "objective": choice.objective})
             return Decision(lever=choice.lever, reasons=(*choice.reasons, onward), settings=settings)
         if choice.lever is Lever.STOP:
             return Decision(lever=choice.lever, reasons=choice.reasons)
@@ -124,14 +132,16 @@ class OfflineFeedbackAgent:
             ], base
 
         batch = search.propose(
-            rules.program_drafts if whole_run else rules.first_batch, own, neighbours=0 if whole_run else 2
+            rules.program_drafts if whole_run else rules.first_batch,
+            own,
+            neighbours=0 if whole_run else rules.neighbours,
         )
         tried, base = run(batch, rules.problems)
         for one in tried:
             search.learn(one.recipe, one.margin)
         if not whole_run and rules.second_batch:
             best = max([*tried, *earlier], key=_rank).recipe if tried or earlier else own
-            second = search.propose(rules.second_batch, best, neighbours=rules.second_batch - 1)
+            second = search.propose(rules.second_batch, best, neighbours=rules.neighbours)
             if second:
                 more, base = run(second, rules.problems)
                 tried += more

@@ -18,7 +18,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from flows.progress import Progress
-from flows.server import ensure_server
+from flows.server import ensure_server, use_server
 from flows.settings import Places, RunSettings
 from flows.state.database import Database
 from flows.state.store import Store, create_run, find_run, run_names
@@ -116,7 +116,7 @@ def owned(places: Places, row: RunRow) -> Iterator[None]:
 def _work(places: Places, database: Database, row: RunRow, progress: Progress) -> None:
     store = Store(database, row.id)
     server = ensure_server(places, progress.note)
-    os.environ["PREFECT_API_URL"] = server.api_url
+    use_server(places, server)
     from flows.prefect_runs import mark_crashed, run_flow
     from flows.workshop import close_workshop, open_workshop
 

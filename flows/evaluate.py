@@ -1,6 +1,6 @@
 """`sia eval`: roll out and score one Scaffold, with or without an Adapter, and nothing else.
 
-It is a Run of one Generation without decisions, so it is recorded, shown and resumed like any other; it needs no Prefect.
+It is a Run of one Generation without decisions, recorded and shown like any other; it needs no Prefect.
 """
 
 from __future__ import annotations

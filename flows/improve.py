@@ -2,15 +2,17 @@
 
 Run it by `sia run TASK`. Each Generation is one candidate. The gate lets it replace the incumbent only if it is better
 beyond noise on the same problems; then the Feedback-Agent decides which lever makes the next candidate: a new Scaffold
-with the weights fixed, or a WeightUpdate with the Scaffold fixed. Every line first looks in the state and does only what
-is missing, so this same flow is also how a Run resumes.
+with the weights fixed, or a WeightUpdate with the Scaffold fixed. Every line first looks in the state and does only
+what is missing, so this same flow is also how a Run resumes.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 from prefect import flow
 from prefect.futures import PrefectFuture
-from prefect.task_runners import ThreadPoolTaskRunner
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from agents.archive import Lever
 from flows import steps
@@ -20,8 +22,11 @@ from flows.state.tables import GenerationRow, WorkStatus
 from flows.work import choices, weights
 from flows.workshop import Workshop, workshop
 
+RUNNER: TaskRunner[PrefectFuture[Any]] = ThreadPoolTaskRunner(max_workers=4)  # type: ignore[assignment]
+"""Width of the rollouts: as many sandboxes at a time, all of whose calls share the engine's forward passes."""
 
-@flow(name="improve", flow_run_name="{run_id}", task_runner=ThreadPoolTaskRunner(max_workers=4))
+
+@flow(name="improve", flow_run_name="{run_id}", task_runner=RUNNER)
 def improve(run_id: str) -> None:
     """Improve an agent on a task, as the Run's settings say, until its Generations are used up."""
     shop = workshop(run_id)

@@ -15,6 +15,8 @@ from pathlib import Path
 import platformdirs
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
+from agents.feedback_agent import SearchRules
+
 PROFILES = Path(__file__).parent / "profiles"
 
 
@@ -94,11 +96,10 @@ class RunSettings(BaseModel):
     test_problems: int | None = Field(
         default=None, ge=1, description="First so many test problems; all if unset."
     )
-    trial_problems: int = Field(default=48, ge=2, description="Train problems a draft is tried out on.")
-    trial_drafts: int = Field(default=6, ge=1, description="Drafts tried out before one goes to the gate.")
     shard_episodes: int = Field(default=64, ge=1, description="Episodes in one sandbox.")
     parallel_shards: int = Field(default=4, ge=1)
     weights: WeightSettings = WeightSettings()
+    search: SearchRules = SearchRules()
 
 
 def load_run_settings(profile: str, overrides: dict[str, JsonValue], home: Path) -> RunSettings:

@@ -9,9 +9,24 @@ from __future__ import annotations
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
 
+from agents.sandbox import SandboxUnavailable
+from agents.scaffold import ScaffoldError
 from flows.work import choices, rollouts, weights
-from flows.workshop import workshop
+from flows.workshop import Stopped, workshop
+from tasks.contract import TaskError
+
+def worth_retrying(_task: object, _run: object, state: State[object]) -> bool:
+    """Faults may pass; a person's Ctrl-C, a broken task or a broken Scaffold do not."""
+    try:
+        state.result()
+    except (Stopped, TaskError, ScaffoldError, SandboxUnavailable):
+        return False
+    except Exception:
+        return True
+    return False
+
 
 RETRIES = 2
 RETRY_DELAY_S = 1
@@ -24,6 +39,7 @@ LONG_S = 3600
     task_run_name="{label}",
     retries=RETRIES,
     retry_delay_seconds=RETRY_DELAY_S,
+    retry_condition_fn=worth_retrying,
     timeout_seconds=QUICK_S,
     cache_policy=NO_CACHE,
 )
@@ -37,6 +53,7 @@ def synthesise_scaffold(run_id: str, number: int, label: str) -> None:
     task_run_name="{label}",
     retries=RETRIES,
     retry_delay_seconds=RETRY_DELAY_S,
+    retry_condition_fn=worth_retrying,
     timeout_seconds=LONG_S,
     cache_policy=NO_CACHE,
 )
@@ -50,6 +67,7 @@ def roll_out_shard(run_id: str, rollout_id: int, shard: int, label: str) -> None
     task_run_name="{label}",
     retries=RETRIES,
     retry_delay_seconds=RETRY_DELAY_S,
+    retry_condition_fn=worth_retrying,
     timeout_seconds=QUICK_S,
     cache_policy=NO_CACHE,
 )
@@ -63,6 +81,7 @@ def score_rollout(run_id: str, rollout_id: int, label: str) -> None:
     task_run_name="{label}",
     retries=RETRIES,
     retry_delay_seconds=RETRY_DELAY_S,
+    retry_condition_fn=worth_retrying,
     timeout_seconds=LONG_S,
     cache_policy=NO_CACHE,
 )
@@ -76,6 +95,7 @@ def decide(run_id: str, after: int, probe_rollout: int | None, label: str) -> st
     task_run_name="{label}",
     retries=RETRIES,
     retry_delay_seconds=RETRY_DELAY_S,
+    retry_condition_fn=worth_retrying,
     timeout_seconds=LONG_S,
     cache_policy=NO_CACHE,
 )

@@ -7,8 +7,7 @@ next steps are all on record never loads the model.
 
 from __future__ import annotations
 
-import shutil
-import tempfile
+import contextlib
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +35,10 @@ if TYPE_CHECKING:
 Part = TypeVar("Part")
 
 
+class Stopped(Exception):
+    """Raised when work is asked of a Run that is being stopped; it is not retried, and goes on when resumed."""
+
+
 class Workshop:
     """Opened for one Run; `close` ends its threads and removes its socket."""
 
@@ -54,8 +57,8 @@ class Workshop:
         self._parts: dict[str, object] = {}
         self._problems: dict[Split, dict[str, Problem]] = {}
         self._tallies: dict[int, list[float]] = {}
+        self._stopping = threading.Event()
         self._scaffolds: dict[str, Scaffold] = {}
-        self._sockets = Path(tempfile.mkdtemp(prefix="sia-"))
 
     @property
     def spec(self) -> TaskSpec:
@@ -118,9 +121,7 @@ class Workshop:
         """The sandboxes' only way out, listening."""
 
         def make() -> Gateway:
-            gateway = Gateway(self.engine, SqlCallRecorder(self.database), self._sockets / "g.sock")
-            gateway.start()
-            return gateway
+            return Gateway(self.engine, SqlCallRecorder(self.database)).start()
 
         return self._part("gateway", make)
 
@@ -144,9 +145,9 @@ class Workshop:
             from agents.levers import LeverRules
 
             return OfflineFeedbackAgent(
-                rules=LeverRules(patience=self.settings.harness_patience),
-                drafts=self.settings.trial_drafts,
-                trial_problems=self.settings.trial_problems,
+                LeverRules(harness_patience=self.settings.harness_patience),
+                self.settings.search,
+                self.settings.weights.model_dump(),
             )
 
         return self._part("feedback", make)
@@ -191,6 +192,27 @@ class Workshop:
         self.store.save_scaffold(scaffold.id, self.spec.kind, draft.note, draft.recipe)
         return scaffold.id
 
+    def check(self) -> None:
+        """To be called before work begins.
+
+        Raises:
+            Stopped: the person stopped the Run; nothing new is begun.
+        """
+        if self._stopping.is_set():
+            raise Stopped("stopped")
+
+    def stop(self) -> None:
+        """Begin nothing new and end all sandboxes, so that threads which wait for them come back at once."""
+        import psutil
+
+        self._stopping.set()
+        with self._lock:
+            gateway = self._parts.get("gateway")
+        if isinstance(gateway, Gateway):
+            for child in psutil.Process().children():
+                with contextlib.suppress(psutil.Error):
+                    child.kill()
+
     def close(self) -> None:
         """End what was opened."""
         with self._lock:
@@ -200,7 +222,6 @@ class Workshop:
             if engine is not None:
                 self.engine.close()
             self._parts.clear()
-        shutil.rmtree(self._sockets, ignore_errors=True)
 
     def _part(self, name: str, make: Callable[[], Part]) -> Part:
         with self._lock:

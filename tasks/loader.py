@@ -115,6 +115,21 @@ def load_spec(folder: Path) -> TaskSpec:
     return spec
 
 
+def task_digest(name_or_path: str) -> str:
+    """sha256 over a task folder's files: a Run stores it, so that a level moved under a Run is noticed.
+
+    Raises:
+        TaskError: no such task.
+    """
+    folder = find_folder(name_or_path)
+    digest = hashlib.sha256()
+    for name in (SPEC_FILE, TEXT_FILE, CODE_FILE):
+        path = folder / name
+        content = path.read_bytes() if path.is_file() else b""
+        digest.update(f"{name}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
+
+
 def _open_function(folder: Path) -> OpenTask:
     """`open_task` of the folder's `task.py`."""
     file = folder / CODE_FILE

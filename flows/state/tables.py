@@ -257,7 +257,7 @@ class GateVerdictRow(SQLModel, table=True):
     high: float
     p_value: float
     alpha: float
-    minimum_detectable: float
+    minimum_detectable: float = Field(description="1 if so few problems can show no difference at all.")
     text: str
     created_at: datetime = Field(default_factory=now, sa_column=_time())
 

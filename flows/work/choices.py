@@ -1,4 +1,4 @@
-"""Choosing: the first Scaffold, the problems of each rollout, the gate's verdict, the decision, the arms of the test."""
+"""Choosing: the first Scaffold, the problems of a rollout, the gate's verdict, the decision, the arms of the test."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def judge_candidate(shop: Workshop, number: int, rollouts: tuple[int, int] | Non
             high=verdict.high,
             p_value=verdict.p_value,
             alpha=verdict.alpha,
-            minimum_detectable=verdict.minimum_detectable,
+            minimum_detectable=1.0 if verdict.minimum_detectable is None else verdict.minimum_detectable,
             text=verdict.text,
         )
     shop.store.save_verdict(row)
@@ -214,12 +214,12 @@ def _try_out(
     shop: Workshop, after: int, incumbent: GenerationRow, drafts: Sequence[ScaffoldDraft], problems: int
 ) -> list[TrialResult]:
     if shop.spec.kind is TaskKind.PROGRAM:
-        chosen = list(shop.task.asked(Split.TRAIN))
+        chosen = list(shop.task.asked(Split.TRAIN))  # a fixed part of train, whatever number is wished
     else:
         chosen = _train_problems(shop, problems, "trial", after)
     plans = [
         RolloutPlan(
-            slot=f"trial/gen-{after:02d}",
+            slot=f"trial/gen-{after:02d}/{problems}",
             scaffold_id=shop.keep_scaffold(draft),
             adapter_id=incumbent.adapter_id,
             generation=after,
@@ -256,8 +256,9 @@ def _evidence_record(evidence: Evidence) -> JsonValue:
 def tell_decision(shop: Workshop, after: int) -> None:
     """One line for the watcher: the lever and why."""
     row = shop.store.decision(after)
-    assert row is not None and isinstance(row.reasons, list), "a decision is recorded with its reasons"
-    shop.progress.note(f"after generation {after}: {row.lever}; " + "; ".join(str(r) for r in row.reasons))
+    assert row is not None, "a decision is told once it is recorded"
+    reasons = row.reasons if isinstance(row.reasons, list) else []
+    shop.progress.note(f"after generation {after}: {row.lever}; " + "; ".join(str(r) for r in reasons))
 
 
 def begin_candidate(shop: Workshop, number: int) -> GenerationRow:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from agents.rollout import roll_out, run_program
@@ -37,6 +38,7 @@ def run_shard(shop: Workshop, rollout_id: int, shard: int) -> None:
     Raises:
         ShardIncomplete: some could not be measured (sandbox lost, engine failed); call again.
     """
+    shop.check()
     rollout = shop.store.rollout(rollout_id)
     rows = shop.store.unfinished_episodes(rollout_id, shard)
     if not rows:
@@ -136,11 +138,11 @@ def score_rollout(shop: Workshop, rollout_id: int) -> None:
     scores = []
     wall_s = 0.0
     for row in store.episodes(rollout_id):
-        assert row.id is not None and row.cause is not None, "a rollout is scored once all its episodes are done"
-        record = score_episode(
-            shop.task, row.problem_id, row.cause == Cause.FINISHED, row.answer, completions.get(row.id, ())
-        )
-        scores.append((row.id, record.reward, record.reason))
+        assert row.id is not None, "a recorded episode has an id"
+        assert row.status == WorkStatus.DONE, "a rollout is scored once all its episodes are done"
+        record = score_episode(shop.task, row.problem_id, True, row.answer, completions.get(row.id, ()))
+        assert record.reward is not None, "an episode that is done measures its scaffold"
+        scores.append((row.id, record.reward, record.counted_reason))
         wall_s += row.wall_s
     store.save_scores(rollout_id, scores)
     prompt, completion = store.tokens(rollout_id)
@@ -156,9 +158,8 @@ def run_all(shop: Workshop, rollout_ids: list[int], attempts: int = 3) -> None:
     """
     for attempt in range(attempts):
         work = [(r, shard) for r in rollout_ids for shard in shop.store.unfinished_shards(r)]
-        failures = _side_by_side(
-            [lambda r=r, s=s: run_shard(shop, r, s) for r, s in work], shop.settings.parallel_shards
-        )  # type: ignore[misc]
+        jobs = [partial(run_shard, shop, rollout_id, shard) for rollout_id, shard in work]
+        failures = _side_by_side(jobs, shop.settings.parallel_shards)
         if not failures:
             break
         if attempt == attempts - 1 or not all(isinstance(f, ShardIncomplete) for f in failures):
@@ -167,7 +168,7 @@ def run_all(shop: Workshop, rollout_ids: list[int], attempts: int = 3) -> None:
         score_rollout(shop, rollout_id)
 
 
-def _side_by_side(jobs: list[Callable[[], None]], width: int) -> list[BaseException]:
+def _side_by_side(jobs: Sequence[Callable[[], None]], width: int) -> list[BaseException]:
     """Run jobs on at most `width` threads, each of which lives until its jobs are done (a sandbox dies with the
     thread that started it); returns what they raised."""
     failures: list[BaseException] = []

@@ -11,8 +11,11 @@ import hashlib
 import os
 import shutil
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from pydantic import JsonValue
 
 from agents.archive import Objective
 from agents.decision import TrainSettings
@@ -50,10 +53,17 @@ def train_step(shop: Workshop, number: int, iteration: int, rollout_id: int) -> 
     done = shop.store.training_steps(update.id)
     if len(done) >= iteration:
         return done[iteration - 1].adapter_id
+    shop.check()
+    from training.objectives import NothingToLearn
+
     began = time.monotonic()
     trainer = _trainer_at(shop, update, settings, iteration - 1)
     episodes = training_episodes(shop, rollout_id)
-    report = trainer.step(episodes)
+    report: JsonValue
+    try:
+        report = asdict(trainer.step(episodes))
+    except NothingToLearn as error:
+        report = {"iteration": iteration, "skipped": str(error)}
     folder = _checkpoint(shop, number, iteration)
     trainer.save(folder)
     parent_id = done[-1].adapter_id if done else update.start_adapter_id
@@ -65,7 +75,7 @@ def train_step(shop: Workshop, number: int, iteration: int, rollout_id: int) -> 
             iteration=iteration,
             rollout_id=rollout_id,
             adapter_id=adapter_id,
-            report=report.model_dump(mode="json"),
+            report=report,
             wall_s=wall_s,
         )
     )
@@ -147,7 +157,7 @@ def _trainer_at(shop: Workshop, update: WeightUpdateRow, settings: TrainSettings
         trainer, shop.trainer = shop.trainer[2], None
         return trainer
     if iteration > 0:
-        return Trainer.load(_checkpoint(shop, update.generation, iteration), shop.model_folder, settings)
+        return Trainer.load(_checkpoint(shop, update.generation, iteration), shop.model_folder)
     seed = keyed_seed(shop.settings.seed, "trainer", update.generation)
     start = shop.adapter_path(update.start_adapter_id) if update.start_adapter_id else None
     return Trainer(shop.model_folder, settings, seed=seed, start_adapter=start)

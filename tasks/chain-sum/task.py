@@ -123,6 +123,10 @@ class ChainSum:
         """All problems of a split; dev's blocks are its consecutive slices of `spec.dev_block`."""
         return self._problems[split]
 
+    def asked(self, split: Split) -> Sequence[Problem]:
+        """All problems of the split."""
+        return self.problems(split)
+
     def examples(self) -> Sequence[Example]:
         """The train problems with their answers."""
         return [Example(problem, str(self._gold[problem.id])) for problem in self._problems[Split.TRAIN]]

@@ -111,6 +111,10 @@ class LawBench:
             raise TaskError(f"{self.spec.name} has no problem {problem_id!r}")
         return float(isinstance(answer, str) and answer == self._gold[problem_id])
 
+    def asked(self, split: Split) -> Sequence[Problem]:
+        """All of a split, but of train a fixed fifth: what `write_dataset` puts into test.csv."""
+        return [Problem(_id(split, row), row.text) for row in self._asked(split)]
+
     def write_dataset(self, split: Split, directory: Path) -> None:
         """Write the paper's files: train.csv, test.csv, classes.json, sample_submission.csv, task.md.
 
@@ -118,17 +122,11 @@ class LawBench:
         TRAIN asks a fixed fifth of train and leaves the rest to learn from, so that a draft can be tried
         without spending dev.
         """
-        train, dev = self._rows[Split.TRAIN], self._rows[Split.DEV]
-        held_out = {row.number for row in train if int(_hash(row.text)[:8], 16) % TRIAL_ONE_IN == 0}
-        known: list[tuple[Split, Row]]
-        if split is Split.TRAIN:
-            known = [(Split.TRAIN, row) for row in train if row.number not in held_out]
-            asked = [row for row in train if row.number in held_out]
-        elif split is Split.DEV:
-            known, asked = [(Split.TRAIN, row) for row in train], dev
-        else:
-            known = [(Split.TRAIN, row) for row in train] + [(Split.DEV, row) for row in dev]
-            asked = self._rows[Split.TEST]
+        asked = self._asked(split)
+        held_out = {row.number for row in asked} if split is Split.TRAIN else set()
+        known = [(Split.TRAIN, row) for row in self._rows[Split.TRAIN] if row.number not in held_out]
+        if split is Split.TEST:
+            known += [(Split.DEV, row) for row in self._rows[Split.DEV]]
         directory.mkdir(parents=True, exist_ok=True)
         _write_csv(
             directory / "train.csv",
@@ -141,6 +139,12 @@ class LawBench:
         classes = json.dumps(self._classes, ensure_ascii=False, indent=2)
         (directory / "classes.json").write_text(classes, encoding="utf-8")
         (directory / "task.md").write_text(self.spec.text, encoding="utf-8")
+
+    def _asked(self, split: Split) -> list[Row]:
+        rows = self._rows[split]
+        if split is not Split.TRAIN:
+            return rows
+        return [row for row in rows if int(_hash(row.text)[:8], 16) % TRIAL_ONE_IN == 0]
 
     def read_answers(self, working_dir: Path) -> dict[str, JsonValue]:
         """Problem id -> label from the program's submission.csv; see `tasks.submission`."""

@@ -271,10 +271,14 @@ def test_many_threads_write_at_once(store: Store) -> None:
 
 def test_a_session_rolls_back_whole(store: Store) -> None:
     rollout = open_rollout(store)
-    with pytest.raises(RuntimeError), store.database.session() as session:
-        row = session.get_one(EpisodeRow, store.episodes(rollout)[0].id)
-        row.status = WorkStatus.DONE
-        raise RuntimeError("killed")
+
+    def killed_midway() -> None:
+        with store.database.session() as session:
+            session.get_one(EpisodeRow, store.episodes(rollout)[0].id).status = WorkStatus.DONE
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        killed_midway()
     assert store.episodes(rollout)[0].status == WorkStatus.INTENDED
 
 
