@@ -69,6 +69,7 @@ def test_sizes_ids_and_level(chain_sum: Task) -> None:
             assert 0 <= b <= 99
             assert len(str(a)) == len(str(b))
             assert problem.fields == {}
+        assert chain_sum.asked(split) == problems
 
 
 def test_no_text_is_in_two_splits_and_blocks_hold_no_repeats(chain_sum: Task) -> None:

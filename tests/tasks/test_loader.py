@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tasks.contract import Split, TaskError, TaskKind
-from tasks.loader import BUILT_IN, cache_root, find_folder, list_tasks, load_spec, load_task
+from tasks.loader import BUILT_IN, cache_root, find_folder, list_tasks, load_spec, load_task, task_digest
 
 TOML = """
 name = "mine"
@@ -133,6 +133,16 @@ def test_missing_or_broken_code_is_one_line(folder: Path, tmp_path: Path) -> Non
     (other / "task.md").unlink()
     with pytest.raises(TaskError, match=r"task\.md: missing"):
         load_task(str(other), tmp_path, print)
+
+
+def test_the_digest_moves_with_every_file_of_the_folder(folder: Path) -> None:
+    seen = {task_digest(str(folder))}
+    assert task_digest(f"{folder}/.") in seen
+    for name in ("task.toml", "task.md", "task.py"):
+        (folder / name).write_text((folder / name).read_text() + "\n")
+        seen.add(task_digest(str(folder)))
+    assert len(seen) == 4
+    assert task_digest("chain_sum") == task_digest("chain-sum")
 
 
 def test_cache_root_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
