@@ -63,7 +63,7 @@ class RecipeSearch:
             count: how many; fewer come back only when the space is used up.
             around: the recipe whose neighbours are worth a look (None: no such recipe).
             neighbours: how many of the batch differ from `around` in one choice. Openings that are still untried
-                go first and may take up to half of the batch; TPE proposes what remains.
+                go first and may take two thirds of the batch; TPE proposes what remains.
         """
         batch: list[Recipe] = []
 
@@ -72,7 +72,7 @@ class RecipeSearch:
             batch.append(recipe)
 
         for recipe in self.space.openings():
-            if len(batch) < (count + 1) // 2 and recipe not in self.seen:
+            if len(batch) < (2 * count + 2) // 3 and recipe not in self.seen:
                 take(recipe)
         if around is not None:
             near = [r for r in self._neighbours(around) if r not in self.seen]

@@ -185,9 +185,13 @@ class SolveRecipe(BaseModel):
         said = f"instruction {self.instruction}"
         return f"{how}, {said}, {shown}, {drawn}, {read}{end}, {self.max_tokens} tokens"
 
-    def cost(self) -> int:
-        """Relative price of an Episode, to choose the cheaper of equals: replies times their length."""
-        return self.votes * self.max_tokens
+    def price(self) -> float:
+        """What the recipe's cost is worth in mean reward: 0.01 a further reply, and a trifle for length.
+
+        Without it, a search would buy any gain within its noise with five calls for one, which every later Episode
+        and each training rollout pays for; and replies that only vote together share one reward.
+        """
+        return 0.01 * (self.votes - 1) + 1e-5 * self.max_tokens
 
 
 class SolveSpace:
@@ -229,12 +233,13 @@ class SolveSpace:
         return self.build({"extraction": _TO_LAST[first], "max_tokens": self.tokens[-1]})
 
     def openings(self) -> Sequence[SolveRecipe]:
-        """One ordinary recipe of each way of asking, for the search to start from when it knows nothing."""
+        """Ordinary recipes of each way of asking, for the search to start from when it knows nothing."""
         first = EXTRACTIONS[self.task.answer][0].value
         common: dict[str, JsonValue] = {"extraction": first, "one_line": True, "max_tokens": self.tokens[0]}
         ways: tuple[dict[str, JsonValue], ...] = (
             {"style": "completion", "instruction": "none", "layout": "qa", "shots": 6},
             {"style": "chat_prefill", "instruction": "none", "opening": "restate"},
+            {"style": "completion", "instruction": "none", "layout": "plain", "shots": 6},
             {"style": "chat", "instruction": "short", "shots": 4},
         )
         return [self.build(common | way) for way in ways]
@@ -246,7 +251,8 @@ def task_sentence(task: TaskSpec) -> str:
         lines = [line.strip() for line in paragraph.splitlines()]
         words = " ".join(line for line in lines if line and not line.startswith(("#", "|", "```", "<!--")))
         if words:
-            return words if len(words) <= 400 else words[:400].rsplit(" ", 1)[0]
+            words = words if len(words) <= 400 else words[:400].rsplit(" ", 1)[0]
+            return f"{words[:-1]}." if words.endswith(":") else words
     return task.title
 
 
