@@ -160,7 +160,8 @@ class Trainer:
         if self._threads is not None:
             torch.set_num_threads(self._threads)
         groups: dict[str, list[TrainEpisode]] = {}
-        for episode in sorted(episodes, key=lambda e: (e.problem_id, e.sample)):
+        episodes = sorted(episodes, key=lambda episode: (episode.problem_id, episode.sample))
+        for episode in episodes:
             groups.setdefault(episode.problem_id, []).append(episode)
         used: list[tuple[TrainEpisode, float]] = []
         alive = 0
