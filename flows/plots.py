@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_COLUMNS = 3
 WIDTH_IN = 4.9
 """Drawn narrow, so that its lettering stays readable when a phone shows the whole width."""
 
@@ -42,14 +43,14 @@ _ARM_SHAPES: Mapping[str, str] = {"initial": "o", "harness_only": "s", "winner":
 
 _STYLE: Mapping[str, object] = {
     "svg.fonttype": "none",
-    "font.size": 10,
+    "font.size": 11,
     "text.color": INK,
     "axes.labelcolor": SOFT,
     "axes.edgecolor": LINE,
     "axes.facecolor": "none",
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.titlesize": 10,
+    "axes.titlesize": 11,
     "axes.grid": True,
     "axes.axisbelow": True,
     "grid.color": LINE,
@@ -58,7 +59,7 @@ _STYLE: Mapping[str, object] = {
     "ytick.color": SOFT,
     "figure.facecolor": "none",
     "legend.frameon": False,
-    "legend.fontsize": 9,
+    "legend.fontsize": 10,
     "savefig.facecolor": "none",
 }
 
@@ -195,22 +196,25 @@ def probes_chart(view: RunView) -> Chart | None:
 def _histograms(panels: Sequence[tuple[str, Sequence[int], str]], name: str, label: str, alt: str) -> Chart | None:
     if not panels:
         return None
-    columns = min(3, len(panels))
-    rows = -(-len(panels) // columns)
+    rows = -(-len(panels) // _COLUMNS)
     with _style():
         figure = _figure(0.55 + 1.25 * rows)
-        grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        grid = figure.subplots(rows, _COLUMNS, sharex=True, sharey=True, squeeze=False)
         for axes in grid.flat[len(panels) :]:
             axes.set_axis_off()
-        for axes, (title, counts, colour) in zip(grid.flat, panels, strict=False):
-            left = [index / HISTOGRAM_BINS for index in range(HISTOGRAM_BINS)]
-            axes.bar(left, counts, width=0.88 / HISTOGRAM_BINS, align="edge", color=colour)
+        for index, (axes, (title, counts, colour)) in enumerate(zip(grid.flat, panels, strict=False)):
+            left = [bin_ / HISTOGRAM_BINS for bin_ in range(HISTOGRAM_BINS)]
+            shares = [100 * count / max(sum(counts), 1) for count in counts]
+            axes.bar(left, shares, width=0.88 / HISTOGRAM_BINS, align="edge", color=colour)
             axes.set_title(title, loc="left", color=INK, pad=3)
             axes.set_xticks([0, 0.5, 1], ["0", ".5", "1"])
+            axes.tick_params(labelbottom=index + _COLUMNS >= len(panels))
             axes.set_xlim(-0.02, 1.02)
+            axes.set_ylim(0, 100)
             axes.grid(axis="x", visible=False)
-            axes.yaxis.get_major_locator().set_params(integer=True, nbins=3)
-        figure.supxlabel(label, fontsize=10, color=SOFT)
+            axes.set_yticks([0, 50, 100])
+        figure.supylabel("% of problems", fontsize=11, color=SOFT)
+        figure.supxlabel(label, fontsize=11, color=SOFT)
         return _chart(figure, name, alt + ".")
 
 
@@ -236,7 +240,7 @@ def _or_gap(value: float | None) -> float:
 def _interval(axes: Axes, mean: float, y: float, low: float, high: float, colour: str) -> None:
     axes.hlines(y, low, high, color=colour, linewidth=2)
     axes.annotate(
-        f"{mean:.1f}", (high, y), xytext=(6, 0), textcoords="offset points", va="center", color=INK, fontsize=10
+        f"{mean:.1f}", (high, y), xytext=(6, 0), textcoords="offset points", va="center", color=INK, fontsize=11
     )
 
 

@@ -244,7 +244,7 @@ def _gate(verdict: VerdictView | None, between: str) -> str:
         return "-"
     return (
         f"{words.points(verdict.difference)}, p {verdict.p_value:.2g}{between}"
-        f"alpha {verdict.alpha:.2g}{between}MDD {words.points(verdict.minimum_detectable)}"
+        f"alpha {verdict.alpha:.2g}{between}MDD {words.detectable(verdict)}"
     )
 
 
@@ -288,7 +288,7 @@ def _print_measured(console: Console, view: RunView, generation: GenerationView)
     if verdict is not None:
         console.print(_text(f"\nVerdict against generation {verdict.incumbent}", "bold"))
         console.print(_text(f"  {words.verdict(verdict)}"))
-        console.print(_text(f"  {verdict.text}"))
+        console.print(_text(f"  {verdict.text}", "dim"))
     if generation.samples:
         console.print(_text("\nEpisodes to look at (sia show RUN --episode ID)", "bold"))
         for brief in generation.samples:
@@ -302,7 +302,7 @@ def _print_training(console: Console, view: RunView, number: int) -> None:
             continue
         planned = "" if update.iterations is None else f" of {update.iterations}"
         console.print(_text(f"\nWeight update: {update.objective}, {len(update.steps)}{planned} iterations", "bold"))
-        table = _table("Iter", "Mean reward", "Groups alive", "Loss", "KL", "Time")
+        table = _table("Iter", "Mean reward", "Groups alive", "Loss", "KL", "Entropy", "Time")
         for step in update.steps:
             of = "" if step.groups is None else f"/{step.groups}"
             table.add_row(
@@ -311,9 +311,13 @@ def _print_training(console: Console, view: RunView, number: int) -> None:
                 "-" if step.groups_alive is None else f"{step.groups_alive}{of}",
                 "-" if step.loss is None else f"{step.loss:.4f}",
                 "-" if step.kl is None else f"{step.kl:.4f}",
+                "-" if step.entropy is None else f"{step.entropy:.3f}",
                 words.duration(step.wall_s),
             )
         _print_table(console, table)
+        for step in update.steps:
+            if step.skipped is not None:
+                console.print(_text(f"  iteration {step.iteration} took no step: {step.skipped}"))
 
 
 def _print_spending(console: Console, view: RunView) -> None:

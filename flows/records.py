@@ -126,6 +126,11 @@ class StepView(Record):
     groups_alive: int | None
     loss: float | None
     kl: float | None
+    """Estimated KL from the policy that sampled to the weights of the last pass, nats a token."""
+    entropy: float | None
+    """Mean -logprob of the sampled tokens, nats: falls towards 0 as the answers collapse to one."""
+    skipped: str | None
+    """Why this iteration took no step, e.g. because no group's rewards differed."""
     wall_s: float
     report: JsonValue
 

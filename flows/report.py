@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import JsonValue
 
@@ -24,6 +24,9 @@ from flows.present import cause_words
 from flows.records import DecisionView, GenerationView, RunView, VerdictView, WeightUpdateView
 from flows.scaffold_diff import scaffold_diff
 from flows.settings import Places, SandboxKind
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 TEMPLATE = "report.html.jinja"
 DIFF_LINES = 1500
@@ -120,10 +123,13 @@ def _finalize(value: object) -> object:
     return words.visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def _together(text: str) -> str:
-    """A number stays on one line with its percent sign, and an interval in one piece."""
-    text = re.sub(r"(\d) %", "\\1\u00a0%", text)
-    return re.sub(r"\[([^\[\], ]+), ([^\[\], ]+)\]", "[\\1,\u00a0\\2]", text)
+def _together(text: str) -> Markup:
+    """Escaped text in which a number stays on one line with its percent sign, and an interval in one piece."""
+    from markupsafe import Markup, escape
+
+    safe = str(escape(words.visible(text)))
+    safe = re.sub(r"(\d) %", "\\1&nbsp;%", safe)
+    return Markup(re.sub(r"\[([^\[\], ]+), ([^\[\], ]+)\]", "[\\1,&nbsp;\\2]", safe))
 
 
 def _pretty(value: JsonValue) -> str:

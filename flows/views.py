@@ -75,8 +75,8 @@ from tasks.loader import find_folder, load_spec
 
 ARMS: Mapping[str, str] = {
     "initial": "first scaffold, base weights",
-    "harness_only": "best harness-only candidate, picked on dev (H)",
-    "winner": "winner of the whole run (W+H)",
+    "harness_only": "best harness-only candidate, picked on dev",
+    "winner": "winner of the whole run",
 }
 """The arms of the sealed test in the order of the table, and what each is in words."""
 
@@ -156,7 +156,7 @@ def run_view(db: Database, run_id: str) -> RunView:
         updates = _weight_updates(session, run_id)
         title, metric, baselines = _task_words(run.task)
         generations = _generations(session, run_id, rollouts)
-        arms, reading = _test_arms(session, run_id, rollouts)
+        arms, reading = _test_arms(session, run_id, rollouts, generations)
         return RunView(
             id=run.id,
             task=run.task,
@@ -359,6 +359,8 @@ def _weight_updates(session: Session, run_id: str) -> tuple[WeightUpdateView, ..
                 groups_alive=_whole(report.get("groups_alive")),
                 loss=_number(report.get("loss")),
                 kl=_number(report.get("kl")),
+                entropy=_number(report.get("entropy")),
+                skipped=None if report.get("skipped") is None else str(report["skipped"]),
                 wall_s=step.wall_s,
                 report=step.report,
             )
@@ -382,19 +384,24 @@ def _weight_updates(session: Session, run_id: str) -> tuple[WeightUpdateView, ..
 
 
 def _test_arms(
-    session: Session, run_id: str, rollouts: Sequence[Measured]
+    session: Session, run_id: str, rollouts: Sequence[Measured], generations: Sequence[GenerationView]
 ) -> tuple[tuple[TestArm, ...], dict[str, Measured]]:
     """The finished arms in the order of ARMS, and their Rollouts; two arms may share one."""
+    weighted = {generation.number for generation in generations if generation.adapter_id}
     by_id = {rollout.row.id: rollout for rollout in rollouts}
     reads = {read.arm: read for read in session.exec(select(TestReadRow).where(TestReadRow.run_id == run_id))}
     arms: list[TestArm] = []
     finished: dict[str, Measured] = {}
-    for arm, words in ARMS.items():
+    for arm, what in ARMS.items():
+        words = what
         read = reads.get(arm)
         rollout = by_id.get(read.rollout_id) if read else None
         estimate = rollout.estimate() if rollout else None
         if read is None or rollout is None or estimate is None:
             continue
+        if arm == "winner" and read.generation not in weighted:
+            kept = "harness_only" in finished and finished["harness_only"] is rollout
+            words += ": H itself" if kept else " (base weights)"
         finished[arm] = rollout
         arms.append(
             TestArm(

@@ -99,8 +99,18 @@ def verdict(found: VerdictView) -> str:
     return (
         f"gate {found.gate}: {points(found.difference)} points {signed_bounds(found.low, found.high)}, n = {found.n}, "
         f"p = {found.p_value:.3g}, alpha = {found.alpha:.3g}, "
-        f"minimum detectable {points(found.minimum_detectable)}: {'accepted' if found.accepted else 'rejected'}"
+        f"minimum detectable {detectable(found)}: {'accepted' if found.accepted else 'rejected'}"
     )
+
+
+def detectable(found: VerdictView) -> str:
+    """The minimum detectable difference in points, or "none" for a gate of too few problems to find any."""
+    return "none" if found.minimum_detectable >= 1 else points(found.minimum_detectable)
+
+
+def sentence(text: str) -> str:
+    """The text with a capital first letter and a full stop."""
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def headline(view: RunView) -> tuple[str, ...]:

@@ -79,19 +79,26 @@ class Story:
         session.flush()
         assert row.id is not None
         self.rollouts[slot, scaffold, adapter] = row.id
-        for number, group in enumerate(groups):
-            for sample, reward in enumerate(group):
-                self._episode(session, row, f"{prefix or slot}:{number:03d}", sample, reward, calls)
+        made = [
+            (self._episode(row.id, f"{prefix or slot}:{number:03d}", sample, reward), reward)
+            for number, group in enumerate(groups)
+            for sample, reward in enumerate(group)
+        ]
+        session.add_all(episode for episode, _ in made)
+        session.flush()
+        for episode, reward in made:
+            assert episode.id is not None
+            if reward is not None:
+                session.add(ScoreRow(episode_id=episode.id, reward=reward, reason="exact match"))
+            if calls:
+                session.add(self._call(episode.id, episode.problem_id, row.train_policy))
         session.flush()
         return row.id
 
-    def _episode(
-        self, session: Session, rollout: RolloutRow, problem: str, sample: int, reward: float | None, calls: bool
-    ) -> None:
-        assert rollout.id is not None
+    def _episode(self, rollout_id: int, problem: str, sample: int, reward: float | None) -> EpisodeRow:
         done = reward is not None
-        episode = EpisodeRow(
-            rollout_id=rollout.id,
+        return EpisodeRow(
+            rollout_id=rollout_id,
             problem_id=problem,
             sample=sample,
             shard=0,
@@ -101,30 +108,24 @@ class Story:
             answer=12 if reward else None,
             wall_s=0.5,
         )
-        session.add(episode)
-        session.flush()
-        assert episode.id is not None
-        if done:
-            session.add(ScoreRow(episode_id=episode.id, reward=float(reward or 0.0), reason="exact match"))
-        if calls:
-            sampling = {"temperature": 0.2, "top_p": 1.0, "max_tokens": 16, "stop": []}
-            session.add(
-                ModelCallRow(
-                    episode_id=episode.id,
-                    problem_id=problem,
-                    digest=f"d{episode.id}",
-                    occurrence=0,
-                    status=WorkStatus.DONE,
-                    asked=sampling,
-                    effective={**sampling, "temperature": 1.0} if rollout.train_policy else sampling,
-                    request={"messages": [{"role": "user", "content": "What is 5 + 7?"}], "prompt": None},
-                    text="12",
-                    finish_reason="stop",
-                    prompt_tokens=40,
-                    completion_tokens=3,
-                    wall_s=0.2,
-                )
-            )
+
+    def _call(self, episode_id: int, problem: str, train_policy: bool) -> ModelCallRow:
+        sampling = {"temperature": 0.2, "top_p": 1.0, "max_tokens": 16, "stop": []}
+        return ModelCallRow(
+            episode_id=episode_id,
+            problem_id=problem,
+            digest=f"d{episode_id}",
+            occurrence=0,
+            status=WorkStatus.DONE,
+            asked=sampling,
+            effective={**sampling, "temperature": 1.0} if train_policy else sampling,
+            request={"messages": [{"role": "user", "content": "What is 5 + 7?"}], "prompt": None},
+            text="12",
+            finish_reason="stop",
+            prompt_tokens=40,
+            completion_tokens=3,
+            wall_s=0.2,
+        )
 
 
 def coins(seed: int, n: int, p: float) -> list[list[float]]:
@@ -155,7 +156,7 @@ def tell(
     run_id: str = "chain-sum-1",
     *,
     sandbox: SandboxKind = SandboxKind.BUBBLEWRAP,
-    n: int = 40,
+    n: int = 20,
     kept: int = len(TRIED),
     tested: bool = True,
     keep_h: bool = False,
@@ -261,7 +262,13 @@ def _train(story: Story, session: Session, run_id: str, number: int, scaffold: s
                 iteration=iteration,
                 rollout_id=rollout,
                 adapter_id=adapter,
-                report={"mean_reward": 0.2 + 0.1 * iteration, "groups": 8, "groups_alive": 7 - iteration, "kl": 0.01},
+                report={
+                    "mean_reward": 0.2 + 0.1 * iteration,
+                    "groups": 8,
+                    "groups_alive": 7 - iteration,
+                    "kl": 0.01,
+                    "entropy": 0.9,
+                },
                 wall_s=15.0,
             )
         )
@@ -281,20 +288,25 @@ def _decide(session: Session, run_id: str, after: int) -> None:
     )
 
 
-@pytest.fixture
-def story(tmp_path: Path) -> Iterator[Story]:
-    """An empty, migrated SQLite database with the places of a user's home."""
-    url = f"sqlite:///{tmp_path / 'sia.db'}"
-    places = Places(home=tmp_path / "home", cache=tmp_path / "cache", database_url=url)
-    db = Database.open(url)
+def open_story(folder: Path) -> Story:
+    """An empty, migrated SQLite database with the places of a user's home, and the files of two Scaffolds."""
+    url = f"sqlite:///{folder / 'sia.db'}"
+    places = Places(home=folder / "home", cache=folder / "cache", database_url=url)
     for scaffold, line in (("s", "reply = tools.chat(problem)"), ("h", "reply = tools.complete(SHOTS + problem)")):
-        folder = places.scaffolds / (scaffold * 64)
-        folder.mkdir(parents=True)
-        (folder / "agent.py").write_text(
+        files = places.scaffolds / (scaffold * 64)
+        files.mkdir(parents=True)
+        (files / "agent.py").write_text(
             f"# a scaffold\ndef solve(problem, tools):\n    {line}\n    return last_number(reply)  # <b>&\n"
         )
-    yield Story(db, places)
-    db.close()
+    return Story(Database.open(url), places)
+
+
+@pytest.fixture
+def story(tmp_path: Path) -> Iterator[Story]:
+    """A story of the test's own; see `open_story`."""
+    opened = open_story(tmp_path)
+    yield opened
+    opened.db.close()
 
 
 @pytest.fixture
