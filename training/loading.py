@@ -49,8 +49,10 @@ def load_model(model_dir: Path, device: str) -> PreTrainedModel:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    # PEFT still reads a property that transformers has renamed; nobody at a terminal can do anything about it.
+    # PEFT still reads a property that transformers has renamed, and looks for the base model under the name that an
+    # adapter gives; nobody at a terminal can do anything about either.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="Could not find a config file in", category=UserWarning)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="sdpa")
     return model.to(device).eval()
 
