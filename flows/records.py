@@ -19,6 +19,10 @@ HISTOGRAM_BINS = 10
 """Equal bins over [0, 1] of every reward histogram; a reward of exactly 1 falls into the last."""
 
 
+class UnknownRun(Exception):
+    """Raised when no Run (or no Episode) has the name that was asked for; the message lists what there is."""
+
+
 class Record(BaseModel):
     """A frozen record."""
 

@@ -16,13 +16,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 
-from pydantic import JsonValue
 from sqlalchemy import case, func
 from sqlmodel import Session, col, select
 
 from agents.archive import Lever
+from flows.columns import mapping, number_or_none, sandbox_of, utc, whole_or_none
 from flows.measured import (
     Measured,
     difference,
@@ -35,43 +34,41 @@ from flows.measured import (
 )
 from flows.records import (
     BlockView,
-    CallView,
     DecisionView,
     Difference,
-    EpisodeView,
     EvaluationView,
     GenerationView,
     OpenWork,
-    PhaseSpending,
     RunSummary,
     RunView,
-    Spending,
     StepView,
     TestArm,
     TrialView,
+    UnknownRun,
     VerdictView,
     WeightUpdateView,
 )
-from flows.settings import SandboxKind
+from flows.spending import spending
 from flows.state.database import Database
 from flows.state.tables import (
     DecisionRow,
     EpisodeRow,
     GateVerdictRow,
     GenerationRow,
-    ModelCallRow,
     RolloutRow,
     RunRow,
     ScaffoldRow,
     ScoreRow,
-    SpendingRow,
     TestReadRow,
     TrainingStepRow,
     WeightUpdateRow,
     WorkStatus,
 )
+from flows.trajectories import episode_view
 from tasks.contract import Baseline, TaskError
 from tasks.loader import find_folder, load_spec
+
+__all__ = ["ARMS", "CONTRASTS", "UnknownRun", "episode_view", "list_runs", "run_view"]
 
 ARMS: Mapping[str, str] = {
     "initial": "first scaffold, base weights",
@@ -82,20 +79,6 @@ ARMS: Mapping[str, str] = {
 
 CONTRASTS = (("harness_only", "initial"), ("winner", "harness_only"), ("winner", "initial"))
 """The paired differences that are reported: (left, right) means left - right."""
-
-PHASES: Mapping[str, str] = {
-    "dev": "gates on dev",
-    "trial": "drafts tried out on train",
-    "probe": "probes at temperature 1",
-    "train": "training rollouts",
-    "test": "sealed test",
-    "eval": "evaluations",
-}
-"""First part of a Rollout's slot -> what it was for, in the order of the spending table."""
-
-
-class UnknownRun(Exception):
-    """Raised when no Run (or no Episode) has the name that was asked for; the message lists what there is."""
 
 
 def list_runs(db: Database) -> list[RunSummary]:
@@ -131,11 +114,11 @@ def list_runs(db: Database) -> list[RunSummary]:
             profile=run.profile,
             seed=run.seed,
             status=run.status,
-            sandbox=_sandbox(run.settings),
+            sandbox=sandbox_of(run.settings),
             generations=counts.get(run.id, (0, 0))[0],
             accepted=int(counts.get(run.id, (0, 0))[1] or 0),
             winner=winners.get(run.id),
-            created_at=_utc(run.created_at),
+            created_at=utc(run.created_at),
             active_s=run.active_s,
         )
         for run in runs
@@ -164,12 +147,12 @@ def run_view(db: Database, run_id: str) -> RunView:
             metric=metric,
             profile=run.profile,
             seed=run.seed,
-            sandbox=_sandbox(run.settings),
-            deterministic=_mapping(run.settings).get("deterministic") is True,
+            sandbox=sandbox_of(run.settings),
+            deterministic=mapping(run.settings).get("deterministic") is True,
             status=run.status,
             error=run.error,
-            created_at=_utc(run.created_at),
-            finished_at=None if run.finished_at is None else _utc(run.finished_at),
+            created_at=utc(run.created_at),
+            finished_at=None if run.finished_at is None else utc(run.finished_at),
             active_s=run.active_s,
             settings=run.settings,
             flow_run_id=run.flow_run_id,
@@ -181,55 +164,8 @@ def run_view(db: Database, run_id: str) -> RunView:
             test_differences=_differences(reading),
             evaluations=_evaluations(rollouts),
             baselines=baselines,
-            spending=_spending(session, run, rollouts, updates),
+            spending=spending(session, run, rollouts, updates),
             open_work=_open_work(generations, rollouts, updates),
-        )
-
-
-def episode_view(db: Database, episode_id: int) -> EpisodeView:
-    """One Trajectory: the Episode, its ModelCalls in the order in which they were made, and its Score.
-
-    Raises:
-        UnknownRun: no Episode has that number.
-    """
-    with db.session() as session:
-        found = session.exec(
-            select(EpisodeRow, RolloutRow, RunRow, ScoreRow)
-            .join(RolloutRow, col(RolloutRow.id) == EpisodeRow.rollout_id)
-            .join(RunRow, col(RunRow.id) == RolloutRow.run_id)
-            .join(ScoreRow, col(ScoreRow.episode_id) == EpisodeRow.id, isouter=True)
-            .where(EpisodeRow.id == episode_id)
-        ).first()
-        if found is None:
-            raise UnknownRun(f"no episode {episode_id}; `sia show RUN --generation N` lists some numbers")
-        episode, rollout, run, score = found
-        calls = session.exec(
-            select(ModelCallRow).where(ModelCallRow.episode_id == episode_id).order_by(col(ModelCallRow.id))
-        ).all()
-        events = episode.events if isinstance(episode.events, list) else []
-        return EpisodeView(
-            id=episode_id,
-            run_id=run.id,
-            sandbox=_sandbox(run.settings),
-            slot=rollout.slot,
-            split=rollout.split,
-            generation=rollout.generation,
-            train_policy=rollout.train_policy,
-            scaffold_id=rollout.scaffold_id,
-            adapter_id=rollout.adapter_key or None,
-            problem_id=episode.problem_id,
-            sample=episode.sample,
-            seed=episode.seed,
-            status=episode.status,
-            cause=episode.cause,
-            answer=episode.answer,
-            detail=episode.detail,
-            reward=None if score is None else score.reward,
-            reason=None if score is None else score.reason,
-            events=tuple(events),
-            wall_s=episode.wall_s,
-            infrastructure_failures=episode.infrastructure_failures,
-            calls=tuple(_call(call) for call in calls),
         )
 
 
@@ -350,16 +286,16 @@ def _weight_updates(session: Session, run_id: str) -> tuple[WeightUpdateView, ..
         .where(WeightUpdateRow.run_id == run_id)
         .order_by(col(TrainingStepRow.iteration))
     ):
-        report = _mapping(step.report)
+        report = mapping(step.report)
         steps[step.weight_update_id].append(
             StepView(
                 iteration=step.iteration,
-                mean_reward=_number(report.get("mean_reward")),
-                groups=_whole(report.get("groups")),
-                groups_alive=_whole(report.get("groups_alive")),
-                loss=_number(report.get("loss")),
-                kl=_number(report.get("kl")),
-                entropy=_number(report.get("entropy")),
+                mean_reward=number_or_none(report.get("mean_reward")),
+                groups=whole_or_none(report.get("groups")),
+                groups_alive=whole_or_none(report.get("groups_alive")),
+                loss=number_or_none(report.get("loss")),
+                kl=number_or_none(report.get("kl")),
+                entropy=number_or_none(report.get("entropy")),
                 skipped=None if report.get("skipped") is None else str(report["skipped"]),
                 wall_s=step.wall_s,
                 report=step.report,
@@ -374,7 +310,7 @@ def _weight_updates(session: Session, run_id: str) -> tuple[WeightUpdateView, ..
             objective=row.objective,
             status=row.status,
             settings=row.settings,
-            iterations=_whole(_mapping(row.settings).get("iterations")),
+            iterations=whole_or_none(mapping(row.settings).get("iterations")),
             start_adapter_id=row.start_adapter_id,
             adapter_id=row.adapter_id,
             steps=tuple(steps[row.id or 0]),
@@ -441,62 +377,6 @@ def _evaluations(rollouts: Sequence[Measured]) -> tuple[EvaluationView, ...]:
     )
 
 
-def _spending(
-    session: Session, run: RunRow, rollouts: Sequence[Measured], updates: Sequence[WeightUpdateView]
-) -> Spending:
-    calls = {
-        rollout_id: (int(count), int(prompt or 0), int(completion or 0), int(sends or 0) - int(count))
-        for rollout_id, count, prompt, completion, sends in session.execute(
-            select(  # type: ignore[call-overload]
-                EpisodeRow.rollout_id,
-                func.count(),
-                func.sum(ModelCallRow.prompt_tokens),
-                func.sum(ModelCallRow.completion_tokens),
-                func.sum(ModelCallRow.sends),
-            )
-            .join(EpisodeRow, col(EpisodeRow.id) == ModelCallRow.episode_id)
-            .join(RolloutRow, col(RolloutRow.id) == EpisodeRow.rollout_id)
-            .where(RolloutRow.run_id == run.id)
-            .group_by(EpisodeRow.rollout_id)
-        )
-    }
-    phases = []
-    for phase, words in PHASES.items():
-        of_phase = [rollout for rollout in rollouts if rollout.row.slot.partition("/")[0] == phase]
-        if not of_phase:
-            continue
-        sums = [sum(column) for column in zip(*(calls.get(r.row.id, (0, 0, 0, 0)) for r in of_phase), strict=True)]
-        phases.append(
-            PhaseSpending(
-                phase=words,
-                episodes=sum(rollout.done for rollout in of_phase),
-                calls=sums[0],
-                prompt_tokens=sums[1],
-                completion_tokens=sums[2],
-                resent=sums[3],
-            )
-        )
-    booked: dict[str, float] = defaultdict(float)
-    by_generation: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-    for row in session.exec(select(SpendingRow).where(SpendingRow.run_id == run.id)):
-        booked[row.kind] += row.amount
-        by_generation[row.generation][row.kind] += row.amount
-    stepped_s = sum(step.wall_s for update in updates for step in update.steps)
-    return Spending(
-        phases=tuple(phases),
-        episodes=sum(phase.episodes for phase in phases),
-        calls=sum(phase.calls for phase in phases),
-        prompt_tokens=sum(phase.prompt_tokens for phase in phases),
-        completion_tokens=sum(phase.completion_tokens for phase in phases),
-        resent=sum(phase.resent for phase in phases),
-        sandbox_s=booked["sandbox_s"] + booked["episode_s"],
-        train_s=booked["train_s"] or stepped_s,
-        wall_s=run.active_s,
-        usd=booked["usd"],
-        by_generation={number: dict(kinds) for number, kinds in sorted(by_generation.items())},
-    )
-
-
 def _open_work(
     generations: Sequence[GenerationView],
     rollouts: Sequence[Measured],
@@ -529,33 +409,6 @@ def _open_work(
     return tuple(work)
 
 
-def _call(row: ModelCallRow) -> CallView:
-    request = _mapping(row.request)
-    messages = request.get("messages")
-    prompt = request.get("prompt")
-    return CallView(
-        id=row.id or 0,
-        status=row.status,
-        sends=row.sends,
-        problem_id=row.problem_id,
-        asked=row.asked,
-        effective=row.effective,
-        messages=tuple(
-            (str(message.get("role", "")), str(message.get("content", "")))
-            for message in (messages if isinstance(messages, list) else [])
-            if isinstance(message, dict)
-        ),
-        prompt=prompt if isinstance(prompt, str) else None,
-        adapter_id=row.adapter_id,
-        text=row.text,
-        finish_reason=row.finish_reason,
-        prompt_tokens=row.prompt_tokens,
-        completion_tokens=row.completion_tokens,
-        wall_s=row.wall_s,
-        error=row.error,
-    )
-
-
 def _task_words(task: str) -> tuple[str, str, tuple[Baseline, ...]]:
     """Title, metric and baselines of the task; a Run stays readable when its task's folder is gone."""
     try:
@@ -563,27 +416,3 @@ def _task_words(task: str) -> tuple[str, str, tuple[Baseline, ...]]:
     except TaskError:
         return task, "mean reward", ()
     return spec.title, spec.metric, spec.baselines
-
-
-def _sandbox(settings: JsonValue) -> SandboxKind:
-    """How scaffold code was confined; what does not say so was not."""
-    value = _mapping(settings).get("sandbox")
-    return SandboxKind(value) if value in list(SandboxKind) else SandboxKind.NONE
-
-
-def _mapping(value: JsonValue) -> Mapping[str, JsonValue]:
-    return value if isinstance(value, dict) else {}
-
-
-def _number(value: JsonValue) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
-def _whole(value: JsonValue) -> int | None:
-    number = _number(value)
-    return None if number is None else round(number)
-
-
-def _utc(moment: datetime) -> datetime:
-    """SQLite forgets the time zone; the tables hold UTC."""
-    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)

@@ -5,9 +5,13 @@ No loop runs here: the rows are what `flows.state.tables` says they are, with re
 
 from __future__ import annotations
 
+import atexit
 import random
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -288,8 +292,18 @@ def _decide(session: Session, run_id: str, after: int) -> None:
     )
 
 
+@cache
+def _migrated() -> Path:
+    """A database that is migrated once, to be copied: migrating takes longer than most tests."""
+    path = Path(tempfile.mkdtemp(prefix="sia-test-")) / "sia.db"
+    atexit.register(shutil.rmtree, path.parent, ignore_errors=True)
+    Database.open(f"sqlite:///{path}").close()
+    return path
+
+
 def open_story(folder: Path) -> Story:
     """An empty, migrated SQLite database with the places of a user's home, and the files of two Scaffolds."""
+    shutil.copy(_migrated(), folder / "sia.db")
     url = f"sqlite:///{folder / 'sia.db'}"
     places = Places(home=folder / "home", cache=folder / "cache", database_url=url)
     for scaffold, line in (("s", "reply = tools.chat(problem)"), ("h", "reply = tools.complete(SHOTS + problem)")):

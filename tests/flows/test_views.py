@@ -12,9 +12,10 @@ from sqlalchemy import event
 from flows.measured import histogram
 from flows.records import HISTOGRAM_BINS
 from flows.settings import SandboxKind
+from flows.spending import PHASES
 from flows.state import tables
 from flows.state.tables import GenerationRow, RunRow, RunStatus, ScaffoldRow, WeightUpdateRow, WorkStatus
-from flows.views import PHASES, UnknownRun, episode_view, list_runs, run_view
+from flows.views import UnknownRun, episode_view, list_runs, run_view
 from tests.flows.conftest import TRIED, Story, coins
 from verifiers.statistics import estimate, paired_difference
 
