@@ -95,7 +95,7 @@ def main() -> None:
 
 def prepare_process() -> None:
     """Environment that libraries read when they are imported: nothing leaves the machine, and they keep quiet."""
-    from flows.server import PRIVACY
+    from flows.server_process import PRIVACY
 
     os.environ.update(PRIVACY)
     quiet = {
@@ -109,3 +109,7 @@ def prepare_process() -> None:
         quiet["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"
     for name, value in quiet.items():
         os.environ.setdefault(name, value)
+
+
+if __name__ == "__main__":
+    main()

@@ -39,7 +39,12 @@ def error_console() -> Console:
     """Where progress and remarks go, so that a result can be piped."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False)
+    class Remarks(Console):
+        def on_broken_pipe(self) -> None:
+            """Nobody reads the remarks any more; rich's own answer closes standard output and ends the program."""
+            self.quiet = True
+
+    return Remarks(stderr=True, highlight=False)
 
 
 def say(text: str) -> None:

@@ -54,7 +54,8 @@ def status(json: AsJson = False) -> None:
     Example:
       sia server status
     """
-    from flows.server import log_path, server_status
+    from flows.server import server_status
+    from flows.server_process import log_path
 
     places = Places.from_environment()
     info = server_status(places)

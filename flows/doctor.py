@@ -157,8 +157,9 @@ def database(places: Places) -> Iterator[Check]:
         return
     try:
         engine = connect(url)
-    except StateError as error:
-        yield Check(name="database", status=Status.FAIL, text=str(error), fix="mend SIA_DATABASE_URL")
+    except StateError:  # its message quotes the URL, which may hold a password
+        text = f"a URL that begins with '{url.partition(':')[0]}:' is neither sqlite:/// nor postgresql://"
+        yield Check(name="database", status=Status.FAIL, text=text, fix="mend SIA_DATABASE_URL")
         return
     shown = engine.url.render_as_string(hide_password=True)
     try:
@@ -183,7 +184,8 @@ def database(places: Places) -> Iterator[Check]:
 
 def prefect_server(places: Places) -> Iterator[Check]:
     """The local Prefect server, or the one that PREFECT_API_URL names."""
-    from flows.server import log_path, server_status
+    from flows.server import server_status
+    from flows.server_process import log_path
 
     info = server_status(places)
     if info is not None and info.healthy:

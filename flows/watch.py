@@ -43,20 +43,18 @@ def _never_raises(method: Callable[Concatenate[S, P], None]) -> Callable[Concate
 
     @wraps(method)
     def guarded(self: S, /, *args: P.args, **kwargs: P.kwargs) -> None:
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception, SystemExit):  # rich ends the program on a torn pipe
             method(self, *args, **kwargs)
 
     return guarded
 
 
 def words_for(seconds: float) -> str:
-    """A duration for people: "less than 1 min", "4 min", "1 h 20 min"."""
+    """An estimated duration for people: "less than 1 min", "about 4 min", "about 1 h 20 min"."""
     minutes = round(seconds / 60)
     if minutes < 1:
         return "less than 1 min"
-    if minutes < 60:
-        return f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60} min"
+    return f"about {minutes} min" if minutes < 60 else f"about {minutes // 60} h {minutes % 60} min"
 
 
 def clock_words(seconds: float) -> str:
@@ -129,9 +127,9 @@ class Pace:
         """ "about 12 min left", for the step alone as long as nothing is known about a Generation; or nothing."""
         whole = self.left(now)
         if whole is not None:
-            return f"about {words_for(whole)} left"
+            return f"{words_for(whole)} left"
         step = self.step_left(now)
-        return "" if step is None else f"about {words_for(step)} left in this step"
+        return "" if step is None else f"{words_for(step)} left in this step"
 
     def line(self, now: float) -> str:
         """Generation, lever, step, Episodes, accuracy, elapsed and left, in one line."""
