@@ -85,7 +85,8 @@ def test_chart(view: RunView) -> Chart | None:
             axes.plot(100 * arm.mean, y, _ARM_SHAPES[arm.arm], color=colour, markersize=8)
         for y, baseline in enumerate(view.baselines, len(view.test)):
             fill = SOFT if baseline.comparable else PAPER
-            axes.plot(baseline.score, y, "D", color=SOFT, markerfacecolor=fill, markersize=6)
+            axes.plot(baseline.score, y, "D", color=SOFT, markerfacecolor=fill, markersize=6, clip_on=False)
+            _label(axes, words.percent_points(baseline.score), baseline.score, y)
         names = [words.ARM_NAMES[arm.arm] for arm in view.test]
         names += [words.visible(baseline.name, lines=False) for baseline in view.baselines]
         axes.set_yticks(range(rows), names, color=INK, parse_math=False)
@@ -94,7 +95,7 @@ def test_chart(view: RunView) -> Chart | None:
         _percent_axis(axes, [arm.high for arm in view.test] + [b.score / 100 for b in view.baselines], "x")
         axes.set_xlabel(f"{view.metric} on the sealed test, %")
         described = [f"{words.ARM_NAMES[arm.arm]} {words.score(arm)}" for arm in view.test]
-        described += [f"{baseline.name} {baseline.score:.1f} %" for baseline in view.baselines]
+        described += [f"{baseline.name} {words.percent_points(baseline.score)} %" for baseline in view.baselines]
         return _chart(figure, "test", "Score on the sealed test: " + "; ".join(described) + ".")
 
 
@@ -239,9 +240,12 @@ def _or_gap(value: float | None) -> float:
 
 def _interval(axes: Axes, mean: float, y: float, low: float, high: float, colour: str) -> None:
     axes.hlines(y, low, high, color=colour, linewidth=2)
-    axes.annotate(
-        f"{mean:.1f}", (high, y), xytext=(6, 0), textcoords="offset points", va="center", color=INK, fontsize=11
-    )
+    _label(axes, f"{mean:.1f}", high, y)
+
+
+def _label(axes: Axes, text: str, x: float, y: float) -> None:
+    """A figure to the right of a mark."""
+    axes.annotate(text, (x, y), xytext=(8, 0), textcoords="offset points", va="center", color=INK)
 
 
 def _percent_axis(axes: Axes, tops: Sequence[float], which: str) -> None:

@@ -111,7 +111,7 @@ def print_result(console: Console, view: RunView) -> None:
         table = _table("Published or measured elsewhere", "Score", "Source")
         for baseline in view.baselines:
             source = baseline.source if baseline.comparable else f"{baseline.source} (not comparable)"
-            table.add_row(_text(baseline.name), f"{baseline.score:.1f} %", _text(source))
+            table.add_row(_text(baseline.name), f"{words.percent_points(baseline.score)} %", _text(source))
         _print_table(console, table)
     _print_spending(console, view)
 
@@ -193,9 +193,8 @@ def _print_call(console: Console, number: int, of: int, call: CallView) -> None:
             "bold",
         )
     )
-    asked, effective = _json(call.asked), _json(call.effective)
-    console.print(_text(f"  asked:     {asked}", "dim"))
-    console.print(_text(f"  effective: {'as asked' if asked == effective else effective}", "dim"))
+    console.print(_text(f"  asked:     {_json(call.asked)}", "dim"))
+    console.print(_text(f"  effective: {_effective(call)}", "dim"))
     if call.problem_id is None:
         console.print(_text("  not attributed to a problem, so never trained on", "yellow"))
     for role, content in call.messages:
@@ -206,6 +205,15 @@ def _print_call(console: Console, number: int, of: int, call: CallView) -> None:
         console.print(Text.assemble(("  -> ", "bold green"), _text(call.text)))
     if call.error:
         console.print(_text(f"  failed: {call.error}", "red"))
+
+
+def _effective(call: CallView) -> str:
+    """The sampling as sent; the seed is ours and no Scaffold asks for one, so it makes no difference to "as asked"."""
+    if isinstance(call.asked, dict) and isinstance(call.effective, dict):
+        seed = call.effective.get("seed")
+        if {key: value for key, value in call.effective.items() if key != "seed"} == call.asked:
+            return "as asked" if seed is None else f"as asked, seed {seed}"
+    return _json(call.effective)
 
 
 def _title(console: Console, view: RunView) -> None:
@@ -271,9 +279,6 @@ def _print_measured(console: Console, view: RunView, generation: GenerationView)
         console.print(_text(f"  {block.slot}: {measured}, n = {block.episodes}"))
     if len(generation.blocks) > 1 and generation.dev is not None:
         console.print(_text(f"  all dev blocks: {words.score(generation.dev)}, n = {generation.dev.n}"))
-    for trial in generation.trials:
-        measured = words.score(trial.estimate) if trial.estimate else f"{trial.done}/{trial.episodes} episodes"
-        console.print(_text(f"  tried out on train: {measured}, {words.short(trial.scaffold_id)} {trial.note}"))
     if generation.probe is not None:
         probe = generation.probe
         console.print(
@@ -289,6 +294,11 @@ def _print_measured(console: Console, view: RunView, generation: GenerationView)
         console.print(_text(f"\nVerdict against generation {verdict.incumbent}", "bold"))
         console.print(_text(f"  {words.verdict(verdict)}"))
         console.print(_text(f"  {verdict.text}", "dim"))
+    if generation.trials:
+        console.print(_text("\nDrafts tried out on train problems before the next decision", "bold"))
+    for trial in sorted(generation.trials, key=lambda t: -t.estimate.mean if t.estimate else 1.0):
+        measured = words.score(trial.estimate) if trial.estimate else f"{trial.done}/{trial.episodes} episodes"
+        console.print(_text(f"  {measured}: {trial.note} ({words.short(trial.scaffold_id)})"))
     if generation.samples:
         console.print(_text("\nEpisodes to look at (sia show RUN --episode ID)", "bold"))
         for brief in generation.samples:

@@ -398,7 +398,7 @@ def _open_work(
     ]
     work += [
         OpenWork(
-            what=f"rollout {r.row.slot}, episodes",
+            what=f"rollout {r.row.slot} of scaffold {r.row.scaffold_id[:10]}, episodes",
             done=r.done,
             total=r.row.episodes,
             accuracy=r.accuracy,

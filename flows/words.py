@@ -32,6 +32,11 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
+def percent_points(score: float) -> str:
+    """A Baseline's score, which is in percent already: 70.1 -> "70.1", 0.55 -> "0.55"."""
+    return f"{score:.1f}" if score >= 1 else f"{score:.2g}"
+
+
 def points(value: float) -> str:
     """0.195 -> "+19.5": percentage points with their sign."""
     return f"{100 * value:+.1f}"

@@ -122,7 +122,7 @@ class Story:
             occurrence=0,
             status=WorkStatus.DONE,
             asked=sampling,
-            effective={**sampling, "temperature": 1.0} if train_policy else sampling,
+            effective={**sampling, "temperature": 1.0 if train_policy else 0.2, "seed": 5},
             request={"messages": [{"role": "user", "content": "What is 5 + 7?"}], "prompt": None},
             text="12",
             finish_reason="stop",

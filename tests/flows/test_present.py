@@ -96,7 +96,7 @@ def test_a_generation_shows_its_diff_training_and_decision(story: Story, tell_ru
     assert "+    reply = tools.complete(SHOTS + problem)" in shown["generation 2"]
     assert "Decision after it: harness" in shown["generation 2"]
     assert "2 harness candidates in a row were not accepted" in shown["generation 2"]
-    assert "tried out on train" in shown["generation 2"]
+    assert "Drafts tried out on train problems" in shown["generation 2"]
     assert "+def solve(problem, tools):" in shown["generation 1"]
     assert "not on this machine" in shown["generation 3"]
     assert "groups of 4 alive" in shown["generation 3"]
@@ -116,7 +116,7 @@ def test_an_episode_shows_call_answer_and_score(story: Story, tell_run: TellRun)
     text = screen(lambda c: print_episode(c, episode_view(story.db, brief.id)))
     assert "user: What is 5 + 7?" in text
     assert "-> 12" in text
-    assert "effective: as asked" in text
+    assert "effective: as asked, seed 5" in text
     assert "answer: 12" in text
     assert "reward 1: exact match" in text
 

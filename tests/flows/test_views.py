@@ -107,8 +107,8 @@ def test_an_unfinished_rollout_is_open_work_and_no_figure(story: Story) -> None:
     assert view.generations[0].dev is None
     assert view.generations[0].blocks[0].estimate is None
     assert [(w.what, w.done, w.total, w.accuracy) for w in view.open_work] == [
-        ("rollout dev/00, episodes", 2, 4, 1.0),
-        ("rollout test, episodes", 2, 4, 1.0),
+        ("rollout dev/00 of scaffold s, episodes", 2, 4, 1.0),
+        ("rollout test of scaffold s, episodes", 2, 4, 1.0),
     ]
 
 
@@ -240,7 +240,7 @@ def test_an_episode_is_a_whole_trajectory(story: Story, tell_run: TellRun) -> No
     (call,) = episode.calls
     assert call.messages == (("user", "What is 5 + 7?"),)
     assert (call.text, call.prompt_tokens, call.completion_tokens) == ("12", 40, 3)
-    assert call.asked == call.effective
+    assert call.effective == {**call.asked, "seed": 5}  # type: ignore[dict-item]
 
 
 @given(st.lists(st.floats(0, 1), max_size=50))
