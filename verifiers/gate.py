@@ -13,7 +13,7 @@ learned from earlier gates, the problems of this one are new to it, so a candida
 incumbent passes it with probability at most alpha / K; over the run, the chance that any such candidate
 passes is at most alpha.
 
-If a block is fresh in part (chain-sum: four fifths), so is the claim.
+If a block is fresh in part, so is the claim.
 
 Does not guarantee, if dev problems are used again (a fixed dev split): then a candidate may have been chosen
 because of how its relatives did on these very problems, and the bound holds only for candidates fixed

@@ -1,21 +1,12 @@
-"""chain-sum: sums and differences of two numbers of one or two digits, from reasoning-gym's `chain_sum`.
+"""chain-sum: sums of two numbers of two digits, from reasoning-gym's `chain_sum`.
 
 The problems are drawn once, by rules that `task.toml` fixes, kept in the cache and checked against the sha256
 that `task.toml` pins: whatever the machine, the run's seed or the generator's version, they are the same
 problems or the task refuses to open.
 
-The space is lopsided. The generator picks one or two digits for both terms with equal chance, but there are
-only 200 one-digit texts ("3 + 4") against 16,200 two-digit ones. So half of all draws fall on 200 texts, and
-splits cut by seed alone would share nearly all of these. The rules:
-
-1. A text belongs to one split for good, by its sha256 and the level's `shares`: no text is in two splits.
-2. Each split draws from a seed range of its own, in the generator's order, and skips what is not its own.
-3. No text recurs within a block (all of test; 256 of dev; 64 of train), no two-digit text within a split.
-4. The first 64 train texts do not recur in train: what a few-shot prompt shows is not asked in training.
-
-What this means for figures: one-digit problems make up a fifth of test and of each dev block, not a half. A
-dev block's two-digit problems are fresh, but its one-digit ones (some 60) recur from block to block, so a
-gate's claim to fresh problems holds for four fifths of a block.
+There are 8,100 such sums, so the splits are drawn without replacement: each split draws from a seed range of its own, in
+the generator's order, test first, then dev, then train, and skips what was drawn before. No text occurs twice in all three,
+so every dev block is fresh, and what a few-shot prompt shows is asked nowhere.
 """
 
 from __future__ import annotations
@@ -42,20 +33,17 @@ class Level(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     terms: int
-    min_digits: int
-    max_digits: int
+    digits: int
+    operators: tuple[str, ...]
     first_seed: dict[Split, int]
-    shares: dict[Split, float]
-    train_block: int
     problems_sha256: str
 
 
 class Drawn(NamedTuple):
-    """One question with its answer, and whether its terms have one digit."""
+    """One question with its answer."""
 
     question: str
     answer: str
-    short: bool
 
 
 def open_task(spec: TaskSpec, cache: Path, say: Say) -> ChainSum:
@@ -90,20 +78,10 @@ def draw_all(spec: TaskSpec, level: Level) -> dict[Split, list[Drawn]]:
     """All splits, drawn anew by the rules above.
 
     Raises:
-        TaskError: a split's share of the space is too small for its size.
+        TaskError: the space is too small for the sizes.
     """
-    blocks = {Split.TEST: spec.sizes[Split.TEST], Split.DEV: spec.dev_block, Split.TRAIN: level.train_block}
-    return {split: _draw(spec, level, split, blocks[split]) for split in Split}
-
-
-def split_of(question: str, level: Level) -> Split:
-    """The one split that may hold this text."""
-    place = int(hashlib.sha256(question.encode()).hexdigest()[:12], 16) / 16**12
-    for split in (Split.TEST, Split.DEV):
-        if place < level.shares[split]:
-            return split
-        place -= level.shares[split]
-    return Split.TRAIN
+    taken: set[str] = set()
+    return {split: _draw(spec, level, split, taken) for split in (Split.TEST, Split.DEV, Split.TRAIN)}
 
 
 class ChainSum:
@@ -120,7 +98,7 @@ class ChainSum:
         }
 
     def problems(self, split: Split) -> Sequence[Problem]:
-        """All problems of a split; dev's blocks are its consecutive slices of `spec.dev_block`."""
+        """All problems of a split; dev's blocks are its consecutive slices."""
         return self._problems[split]
 
     def asked(self, split: Split) -> Sequence[Problem]:
@@ -158,22 +136,14 @@ class ChainSum:
         raise TaskError(f"{self.spec.name} is a solve task, asked by problem; it reads no submission")
 
 
-def _draw(spec: TaskSpec, level: Level, split: Split, block: int) -> list[Drawn]:
-    """One split, block by block, in the generator's order."""
+def _draw(spec: TaskSpec, level: Level, split: Split, taken: set[str]) -> list[Drawn]:
+    """One split, in the generator's order, of texts not taken before; takes them."""
     kept: list[Drawn] = []
-    never_again: set[str] = set()  # two-digit texts, and all texts of train's first block
-    in_block: set[str] = set()
     for item in _generate(level, split):
-        if item.question in in_block or item.question in never_again:
+        if item.question in taken:
             continue
-        if split_of(item.question, level) is not split:
-            continue
+        taken.add(item.question)
         kept.append(item)
-        in_block.add(item.question)
-        if not item.short or (split is Split.TRAIN and len(kept) <= block):
-            never_again.add(item.question)
-        if len(kept) % block == 0:
-            in_block.clear()
         if len(kept) == spec.sizes[split]:
             return kept
     raise TaskError(
@@ -183,21 +153,23 @@ def _draw(spec: TaskSpec, level: Level, split: Split, block: int) -> list[Drawn]
 
 
 def _generate(level: Level, split: Split) -> Iterator[Drawn]:
-    """The generator's problems for the seeds of one split: item i is a function of `first_seed + i` alone."""
+    """The generator's problems for the seeds of one split that use the level's operators only: item i is a function of
+    `first_seed + i` alone."""
     import reasoning_gym
 
     dataset = reasoning_gym.create_dataset(
         "chain_sum",
         min_terms=level.terms,
         max_terms=level.terms,
-        min_digits=level.min_digits,
-        max_digits=level.max_digits,
+        min_digits=level.digits,
+        max_digits=level.digits,
         seed=level.first_seed[split],
         size=MAX_DRAWS,
     )
     for index in range(MAX_DRAWS):
         entry = dataset[index]
-        yield Drawn(entry["question"], entry["answer"], entry["metadata"]["num_digits"] == 1)
+        if set(entry["metadata"]["expression"].split()[1::2]) <= set(level.operators):
+            yield Drawn(entry["question"], entry["answer"])
 
 
 def _cached(file: Path, level: Level) -> dict[str, list[list[str]]] | None:
@@ -216,7 +188,6 @@ def _settings_digest(spec: TaskSpec, level: Level) -> str:
     settings = {
         "level": level.model_dump(mode="json"),
         "sizes": {split.value: spec.sizes[split] for split in Split},
-        "dev_block": spec.dev_block,
     }
     return _sha256(_canonical(settings))[:16]
 
