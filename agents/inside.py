@@ -35,6 +35,7 @@ from agents.occupant import Config, check, enter_namespaces, prctl, run_episode
 CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 WATCH_S = 0.25
+SET_UP_TIMEOUT_S = 20.0
 PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -146,7 +147,8 @@ class Supervisor:
         for fd in (*fds, writer):
             os.close(fd)
         notes = b""
-        while chunk := os.read(reader, 4096):
+        # Only trusted code holds the other end, for milliseconds; the bound is for a kernel that hangs.
+        while select.select([reader], [], [], SET_UP_TIMEOUT_S)[0] and (chunk := os.read(reader, 4096)):
             notes += chunk
         os.close(reader)
         pid, problem = 0, "it ended before it was set up"
@@ -167,12 +169,13 @@ class Supervisor:
 
     def _launch(self, fds: list[int], writer: int) -> NoReturn:
         """The process between: enters the namespaces, forks their first process, tells its number and goes."""
+        supervisor = os.getppid()
         try:
             if self._config["isolated"]:
                 enter_namespaces()
             first = os.fork()
             if first == 0:
-                run_episode(self._config, fds, writer)
+                run_episode(self._config, fds, writer, supervisor)
             os.write(writer, f"P{first};".encode())
             os._exit(0)
         except BaseException as error:

@@ -25,6 +25,7 @@ import socket
 import struct
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn, TypedDict
@@ -33,7 +34,11 @@ PORT = 8000
 """Where the gateway answers on an Episode's own loopback."""
 DETAIL_CHARS = 4000
 REPLY_BYTES = 16 * 2**20
+CPU_GRACE_S = 2
+"""The supervisor's watch ends an Episode at `cpu_s`; the kernel's own limit stands behind it, for each process."""
 NOFILE = 256
+NICENESS = 5
+"""A Scaffold that spins must not starve the supervisor, nor the model where that runs on the same processors."""
 RELAY_CONNECTIONS = 32
 TMP_INODES = 20_000
 
@@ -181,7 +186,7 @@ def _furnish(config: Config, own_work: bool) -> None:
 def _set_limits(config: Config) -> None:
     memory, file = config["memory_mb"] * 2**20, config["file_mb"] * 2**20
     limits = {
-        resource.RLIMIT_CPU: config["cpu_s"],
+        resource.RLIMIT_CPU: config["cpu_s"] + CPU_GRACE_S,
         resource.RLIMIT_AS: memory,
         resource.RLIMIT_FSIZE: file,
         resource.RLIMIT_NOFILE: NOFILE,
@@ -227,14 +232,17 @@ def _relay(listener: socket.socket, gateway: str) -> None:
         threading.Thread(target=carry, args=(near,), daemon=True).start()
 
 
-def _environment(config: Config, token: str, port: int) -> dict[str, str]:
+def _environment(config: Config, token: str, port: int, *, program: bool) -> dict[str, str]:
+    # Many Episodes share the processors, so each of a `solve` Scaffold's gets one thread; a program runs alone.
     return {
         "PATH": f"{os.path.dirname(config['python'])}:/usr/bin:/bin",
+        **{name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ},
         "HOME": config["work"],
         "TMPDIR": "/tmp" if config["isolated"] else config["work"],
         "LANG": "C.UTF-8",
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONHASHSEED": "0",
+        **({} if program else {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}),
         "OPENAI_BASE_URL": f"http://127.0.0.1:{port}/e/{token}/v1",
         "OPENAI_API_KEY": token,
     }
@@ -290,7 +298,7 @@ def _probe(result_fd: int) -> None:
     os.write(result_fd, json.dumps({"answer": seen}).encode() + b"\n")
 
 
-def run_episode(config: Config, fds: list[int], ready_fd: int) -> NoReturn:
+def run_episode(config: Config, fds: list[int], ready_fd: int, supervisor: int) -> NoReturn:
     """The first process of an Episode: from trusted set-up to the Scaffold's code."""
     signal.set_wakeup_fd(-1)
     for which in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
@@ -311,9 +319,13 @@ def run_episode(config: Config, fds: list[int], ready_fd: int) -> NoReturn:
         if config["isolated"]:
             _furnish(config, own_work=kind != "program")
         else:
+            # The launcher between has to be gone first, or its end would be taken for the supervisor's.
+            while os.getppid() != supervisor:
+                time.sleep(0.0005)
             prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         listener = socket.create_server(("127.0.0.1", PORT if config["isolated"] else 0), backlog=16)
-        environment = _environment(config, payload["token"], listener.getsockname()[1])
+        port = listener.getsockname()[1]
+        environment = _environment(config, payload["token"], port, program=kind == "program")
         os.environ.clear()
         os.environ.update(environment)
         os.chdir(config["work"])
@@ -321,10 +333,12 @@ def run_episode(config: Config, fds: list[int], ready_fd: int) -> NoReturn:
             # The program's process will be replaced, so its relay is a process beside it (and dies with it).
             os.dup2(0, 1)
             os.dup2(0, 2)
-            os.closerange(4, listener.fileno())
+            os.close(result_fd)
+            os.close(ready_fd)
             _relay(listener, config["gateway"])
             os._exit(0)
         _set_limits(config)
+        os.nice(NICENESS)
     except BaseException as error:
         os.write(ready_fd, f"E{type(error).__name__}: {error};".encode())
         os._exit(1)

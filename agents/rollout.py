@@ -221,7 +221,7 @@ def _judge(ending: Ending, totals: CallTotals, limits: EpisodeLimits, isolated: 
 
 def _signal_cause(ending: Ending, limits: EpisodeLimits, isolated: bool) -> Cause:
     which = os.WTERMSIG(ending.status)
-    if which == signal.SIGXCPU or (which == signal.SIGKILL and ending.cpu_s >= 0.9 * limits.cpu_s):
+    if which == signal.SIGXCPU or (which == signal.SIGKILL and ending.cpu_s >= 0.5 * limits.cpu_s):
         return Cause.CPU_LIMIT
     if which == signal.SIGXFSZ:
         return Cause.OUTPUT_LIMIT

