@@ -16,7 +16,7 @@ Decision rebuilds its study from the archive's recipes, dev means and trials, an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -56,11 +56,18 @@ class OfflineFeedbackAgent:
     Args:
         levers: when which lever is pulled.
         search: how much a harness Decision tries.
+        update: fields of `TrainSettings` (size and rate of a WeightUpdate) that differ from its defaults.
     """
 
-    def __init__(self, levers: LeverRules | None = None, search: SearchRules | None = None) -> None:
+    def __init__(
+        self,
+        levers: LeverRules | None = None,
+        search: SearchRules | None = None,
+        update: Mapping[str, int | float] | None = None,
+    ) -> None:
         self.levers = levers or LeverRules()
         self.search = search or SearchRules()
+        self.update = dict(update or {})
 
     def needs_probe(self, evidence: Evidence) -> bool:
         """True exactly when the weight lever is due, so that only the probe is wanting."""
@@ -83,7 +90,7 @@ class OfflineFeedbackAgent:
             return Decision(lever=choice.lever, reasons=choice.reasons)
         start = incumbent_of(evidence).adapter_id
         onward = f"goes on from adapter {start}" if start else "starts from the base model"
-        settings = TrainSettings(objective=choice.objective)
+        settings = TrainSettings.model_validate({**self.update, "objective": choice.objective})
         return Decision(lever=choice.lever, reasons=(*choice.reasons, onward), settings=settings)
 
     def _harness(

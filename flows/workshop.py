@@ -7,18 +7,17 @@ next steps are all on record never loads the model.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from agents.gateway import Gateway
-
 from agents.decision import FeedbackAgent, MetaAgent, ScaffoldDraft
+from agents.gateway import Gateway
 from agents.model import Engine
 from agents.sandbox import BubblewrapSandbox, NoSandbox, Sandbox
 from agents.scaffold import Scaffold, read_scaffold, store_scaffold
+from agents.shard import stop_all
 from flows.progress import Progress
 from flows.settings import Places, RunSettings, SandboxKind
 from flows.state.calls import SqlCallRecorder
@@ -203,15 +202,8 @@ class Workshop:
 
     def stop(self) -> None:
         """Begin nothing new and end all sandboxes, so that threads which wait for them come back at once."""
-        import psutil
-
         self._stopping.set()
-        with self._lock:
-            gateway = self._parts.get("gateway")
-        if isinstance(gateway, Gateway):
-            for child in psutil.Process().children():
-                with contextlib.suppress(psutil.Error):
-                    child.kill()
+        stop_all()
 
     def close(self) -> None:
         """End what was opened."""

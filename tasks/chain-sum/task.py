@@ -4,9 +4,9 @@ The problems are drawn once, by rules that `task.toml` fixes, kept in the cache 
 that `task.toml` pins: whatever the machine, the run's seed or the generator's version, they are the same
 problems or the task refuses to open.
 
-There are 8,100 such sums, so the splits are drawn without replacement: each split draws from a seed range of its own, in
-the generator's order, test first, then dev, then train, and skips what was drawn before. No text occurs twice in all three,
-so every dev block is fresh, and what a few-shot prompt shows is asked nowhere.
+There are 8,100 such sums, so the splits are drawn without replacement: each split draws from a seed range of its
+own, in the generator's order, test first, then dev, then train, and skips what was drawn before. No text occurs
+twice in all three, so every dev block is fresh, and what a few-shot prompt shows is asked nowhere.
 """
 
 from __future__ import annotations

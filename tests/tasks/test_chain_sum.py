@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pydantic import JsonValue
 
 from tasks.contract import Split, Task, TaskError
-from tasks.loader import BUILT_IN, cache_root, load_spec, load_task
+from tasks.loader import BUILT_IN, load_spec, load_task
 
 ROOT = BUILT_IN.parent
 JSON = st.recursive(
@@ -123,8 +123,8 @@ def test_other_processes_draw_the_same_and_reopen_without_the_generator(chain_su
 def test_a_damaged_cache_is_drawn_again_and_a_wrong_pin_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load_task("chain-sum", cache_root(), print)
-    (source,) = (cache_root() / "tasks").glob("chain-sum-*.json")
+    load_task("chain-sum", tmp_path / "whole", print)
+    (source,) = (tmp_path / "whole" / "tasks").glob("chain-sum-*.json")
     damaged = tmp_path / "tasks" / source.name
     damaged.parent.mkdir()
     damaged.write_text(source.read_text()[:-20])
