@@ -34,6 +34,9 @@ LOG_EVERY_S = 15.0
 """Seconds between two lines on the same step when the output is not a terminal."""
 JSON_EVERY_S = 0.5
 """Seconds between two `advance` events; the last one of a step is always written."""
+ENOUGH_FOR_A_PACE = 0.05
+"""Share of a step that has to be done before its pace says anything: the first Episodes also wait for the model to load
+and then end in a bunch."""
 SHORTEST_GENERATION_S = 1.0
 """Generations shorter than this were replayed from the record on resume, and say nothing about the next ones."""
 
@@ -64,6 +67,11 @@ def clock_words(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def stamp(seconds: float) -> str:
+    """Elapsed time as every line begins with it."""
+    return f"{clock_words(seconds):>7}"
+
+
 @dataclass
 class Pace:
     """Where a Run stands and how fast it goes; the arithmetic behind "about N min left".
@@ -86,10 +94,12 @@ class Pace:
     """Time and count from which the step's rate is taken; what was recorded before a resume is not part of it."""
 
     def begin_generation(self, now: float, number: int, of: int, lever: str) -> None:
-        """Close the previous Generation's account and open the next one's."""
-        if self.generation_began is not None and now - self.generation_began >= SHORTEST_GENERATION_S:
-            self.durations.append(now - self.generation_began)
-        self.number, self.of, self.lever, self.generation_began = number, of, lever, now
+        """Close the previous Generation's account and open the next one's; said again, it is still the same one."""
+        if self.generation_began is None or number != self.number:
+            if self.generation_began is not None and now - self.generation_began >= SHORTEST_GENERATION_S:
+                self.durations.append(now - self.generation_began)
+            self.generation_began = now
+        self.number, self.of, self.lever = number, of, lever
         self.begin_step(now, "", None)
 
     def begin_step(self, now: float, name: str, total: int | None) -> None:
@@ -111,7 +121,7 @@ class Pace:
         since, before = self.base
         if self.done >= self.total:
             return 0.0
-        if self.done <= before or now <= since:
+        if now <= since or self.done - before < max(1.0, ENOUGH_FOR_A_PACE * (self.total - before)):
             return None
         return (self.total - self.done) * (now - since) / (self.done - before)
 
@@ -129,18 +139,18 @@ class Pace:
         if whole is not None:
             return f"{words_for(whole)} left"
         step = self.step_left(now)
-        return "" if step is None else f"{words_for(step)} left in this step"
+        return "" if not step else f"{words_for(step)} left in this step"
 
     def line(self, now: float) -> str:
-        """Generation, lever, step, Episodes, accuracy, elapsed and left, in one line."""
+        """Elapsed, Generation, lever, step, Episodes, accuracy and time left, in one line."""
         parts = [f"generation {self.number}/{self.of} {self.lever}"] if self.number else []
         if self.step:
             count = "" if self.total is None else f" {self.done}/{self.total}"
             parts.append(self.step + count)
         if self.accuracy is not None:
             parts.append(f"accuracy so far {self.accuracy:.3f}")
-        parts += [clock_words(now - self.started), self.left_words(now)]
-        return " · ".join(part for part in parts if part)
+        parts.append(self.left_words(now))
+        return f"{stamp(now - self.started)}  " + " · ".join(part for part in parts if part)
 
 
 class TerminalProgress:
@@ -196,8 +206,8 @@ class TerminalProgress:
 
         if self._console.is_terminal:
             self._show()
-        stamp = clock_words(self._clock() - self._pace.started)
-        self._console.print(Text(f"{stamp:>7}  ", style="dim").append(text, style=style), soft_wrap=True)
+        began = Text(f"{stamp(self._clock() - self._pace.started)}  ", style="dim")
+        self._console.print(began.append(text, style=style), soft_wrap=True)
 
     def _log_line(self) -> None:
         with self._lock:

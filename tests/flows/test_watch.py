@@ -195,6 +195,24 @@ def test_time_left_comes_from_finished_generations_and_the_current_step() -> Non
     assert pace.left(250.0) == pytest.approx(900 + 2 * 120), "the step at hand outlasts the usual generation"
 
 
+def test_the_first_episodes_of_many_say_nothing_about_the_pace() -> None:
+    pace = Pace(started=0.0)
+    pace.begin_step(0.0, "roll out", 400)
+    pace.count(27.0, 1, 0.0)
+    assert pace.step_left(27.0) is None
+    pace.count(30.0, 20, 0.0)
+    assert pace.step_left(30.0) == pytest.approx(570.0)
+
+
+def test_a_generation_announced_twice_is_one() -> None:
+    pace = Pace(started=0.0)
+    pace.begin_generation(0.0, 1, 4, "harness")
+    pace.begin_generation(60.0, 1, 4, "harness")
+    assert pace.durations == []
+    pace.begin_generation(120.0, 2, 4, "weights")
+    assert pace.durations == [120.0]
+
+
 def test_what_was_replayed_from_the_record_is_no_measure_of_pace() -> None:
     pace = Pace(started=0.0)
     for number in range(1, 6):
