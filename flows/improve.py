@@ -16,7 +16,7 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from agents.archive import Lever
 from flows import steps
-from flows.prefect_runs import remember_flow_run
+from flows.prefect_runs import enter_flow_run
 from flows.publish import publish_result
 from flows.state.tables import GenerationRow, WorkStatus
 from flows.work import choices, weights
@@ -30,7 +30,7 @@ RUNNER: TaskRunner[PrefectFuture[Any]] = ThreadPoolTaskRunner(max_workers=4)  # 
 def improve(run_id: str) -> None:
     """Improve an agent on a task, as the Run's settings say, until its Generations are used up."""
     shop = workshop(run_id)
-    remember_flow_run(shop)
+    enter_flow_run(shop)
     propose_first(shop)
     number = 1
     while (lever := decide_next(shop, after=number)) is not Lever.STOP:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
 from uuid import UUID
 
@@ -28,8 +28,11 @@ def mark_crashed(flow_run_id: str) -> None:
             client.set_flow_run_state(UUID(flow_run_id), Crashed(message=message), force=True)
 
 
-def remember_flow_run(shop: Workshop) -> None:
-    """Record which flow run works on the Run."""
+def enter_flow_run(shop: Workshop) -> None:
+    """Called by the flow as it begins: record which flow run works on the Run, and take SIGTERM back from Prefect, whose
+    own handler would wait for the running shards."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupter(shop))
     context = FlowRunContext.get()
     if context is not None and context.flow_run is not None:
         shop.store.set_flow_run(str(context.flow_run.id))
@@ -39,18 +42,19 @@ def run_flow(shop: Workshop) -> None:
     """Call the flow in this thread; Ctrl-C first ends the sandboxes, so that nothing waits for them."""
     from flows.improve import improve
 
-    logging.getLogger("prefect").setLevel(logging.CRITICAL)
     if threading.current_thread() is not threading.main_thread():
         improve(shop.run_id)
         return
-    previous = signal.getsignal(signal.SIGINT)
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        shop.stop()
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, interrupt)
+    previous = signal.signal(signal.SIGINT, _interrupter(shop))
     try:
         improve(shop.run_id)
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+def _interrupter(shop: Workshop) -> Callable[[int, FrameType | None], None]:
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        shop.stop()
+        raise KeyboardInterrupt
+
+    return interrupt

@@ -35,8 +35,8 @@ class Places(BaseModel):
     @classmethod
     def from_environment(cls) -> Places:
         """Read the places once, at the edge."""
-        home = Path(os.environ.get("SIA_HOME") or platformdirs.user_data_path("sia"))
-        cache = Path(os.environ.get("SIA_CACHE") or platformdirs.user_cache_path("sia"))
+        home = Path(os.environ.get("SIA_HOME") or platformdirs.user_data_path("sia")).expanduser()
+        cache = Path(os.environ.get("SIA_CACHE") or platformdirs.user_cache_path("sia")).expanduser()
         url = os.environ.get("SIA_DATABASE_URL") or f"sqlite:///{home / 'sia.db'}"
         return cls(home=home, cache=cache, database_url=url)
 
@@ -93,9 +93,7 @@ class RunSettings(BaseModel):
     alpha: float = Field(default=0.05, gt=0, lt=1, description="One-sided error of the whole Run's gates.")
     harness_patience: int = Field(default=2, ge=1, description="Rejected harness candidates before weights.")
     dev_block: int | None = Field(default=None, ge=2, description="Problems a gate; the task's own if unset.")
-    test_problems: int | None = Field(
-        default=None, ge=1, description="First so many test problems; all if unset."
-    )
+    test_problems: int | None = Field(default=None, ge=1, description="First so many test problems; all if unset.")
     shard_episodes: int = Field(default=64, ge=1, description="Episodes in one sandbox.")
     parallel_shards: int = Field(default=4, ge=1)
     weights: WeightSettings = WeightSettings()

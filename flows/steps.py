@@ -17,6 +17,7 @@ from flows.work import choices, rollouts, weights
 from flows.workshop import Stopped, workshop
 from tasks.contract import TaskError
 
+
 def worth_retrying(_task: object, _run: object, state: State[object]) -> bool:
     """Faults may pass; a person's Ctrl-C, a broken task or a broken Scaffold do not."""
     try:

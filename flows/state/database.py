@@ -74,7 +74,8 @@ def connect(url: str) -> Engine:
         return engine
     if url.startswith(("postgresql://", "postgresql+psycopg://")):
         return create_engine(url.replace("postgresql://", "postgresql+psycopg://", 1), pool_pre_ping=True)
-    raise StateError(f"database URL '{url}' is neither sqlite:/// nor postgresql://; mend SIA_DATABASE_URL")
+    scheme = url.partition(":")[0]  # the rest may hold a password
+    raise StateError(f"a database URL begins with sqlite:/// or postgresql://, not '{scheme}:'; mend SIA_DATABASE_URL")
 
 
 def migrate(engine: Engine, revision: str = "head") -> None:

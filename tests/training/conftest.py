@@ -1,4 +1,4 @@
-"""Models for the tests of training/: the real one from the user's cache, and a random tiny one of the same form."""
+"""Engines for the tests of training/, on the real model and on the random tiny one."""
 
 from __future__ import annotations
 
@@ -7,18 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from training.base_model import ensure_base_model, write_tiny_model
 from training.engine import LocalEngine
-
-
-@pytest.fixture(scope="session")
-def smollm() -> Path:
-    return ensure_base_model()
-
-
-@pytest.fixture(scope="session")
-def tiny(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny", smollm)
 
 
 @pytest.fixture(scope="module")

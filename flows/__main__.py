@@ -1,0 +1,5 @@
+"""`python -m flows` is `sia`."""
+
+from flows.cli import main
+
+main()
