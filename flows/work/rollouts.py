@@ -8,10 +8,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from agents.rollout import roll_out, run_program
-
 from agents.calls import CallPolicy
 from agents.episode import CAUSES, Cause, EpisodeResult, EpisodeSpec
+from agents.rollout import roll_out, run_program
 from flows.keys import keyed_seed
 from flows.state.store import RolloutPlan
 from flows.state.tables import EpisodeRow, RolloutRow, WorkStatus

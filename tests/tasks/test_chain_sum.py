@@ -149,8 +149,10 @@ def test_any_json_scores_0_or_1(chain_sum: Task, answer: JsonValue) -> None:
 
 
 def test_hostile_answers_score_0(chain_sum: Task) -> None:
-    problem = next(p for p in chain_sum.problems(Split.TEST) if result(p.prompt) == 1)
-    hostile: list[JsonValue] = [True, [1], {"answer": 1}, "1.0", "1 ", "one", 1.5, float("nan"), "1" * 10**6]
+    problem = next(p for p in chain_sum.problems(Split.TEST) if result(p.prompt) == 100)
+    hostile: list[JsonValue] = [
+        True, [100], {"answer": 100}, "100.0", "100 ", "hundred", 100.5, float("nan"), "1" * 10**6,
+    ]  # fmt: skip
     scores = [chain_sum.score(problem.id, answer) for answer in hostile]
     assert scores == [0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0], "blanks around an integer are fine"
 
