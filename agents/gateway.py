@@ -15,8 +15,9 @@ What it guarantees:
 - a failing model is asked once more, here and nowhere else; then the call gets HTTP 503 and the Episode is marked
   (`failures`), so that the host counts it as infrastructure whatever the Scaffold makes of it.
 
-What not: it trusts the host (who can read the socket can use it), and a Scaffold that floods it with connections slows
-its neighbours down.
+- one sandboxed Episode holds at most `CONNECTIONS_EACH` connections, so a flood of them reaches no neighbour.
+
+What not: it trusts the host (who can open the socket and knows a token can use it).
 
 It runs an event loop in a thread of its own; recorder calls go to a small pool, since they wait for disks.
 """
@@ -29,6 +30,8 @@ import json
 import os
 import secrets
 import shutil
+import socket
+import struct
 import tempfile
 import threading
 import time
@@ -55,6 +58,8 @@ MAX_BODY_BYTES = 2**20
 MAX_SOCKET_PATH_BYTES = 107
 MAX_PROBLEM_ID_CHARS = 200
 RECORDER_THREADS = 4
+CONNECTIONS_EACH = 64
+MANY_NAMESPACES = 256
 START_TIMEOUT_S = 30.0
 ATTEMPTS = 2
 
@@ -231,11 +236,17 @@ class Gateway:
         await runner.setup()
         try:
             self.socket_path.unlink(missing_ok=True)
-            await web.UnixSite(runner, str(self.socket_path), backlog=512).start()
-            # The sandbox's user is not ours when we are root; the folder keeps others out.
-            os.chmod(self.socket_path, 0o666)
-            ready.set()
-            await self._stop.wait()
+            with socket.socket(socket.AF_UNIX) as listener:
+                listener.setblocking(False)
+                listener.bind(str(self.socket_path))
+                # The sandbox's user is not ours when we are root; a token is still needed.
+                os.chmod(self.socket_path, 0o666)
+                listener.listen(512)
+                assert runner.server is not None
+                accepting = asyncio.create_task(_accept(listener, runner.server))
+                ready.set()
+                await self._stop.wait()
+                accepting.cancel()
         finally:
             await runner.cleanup()
 
@@ -340,6 +351,36 @@ class Gateway:
             return await self._loop.run_in_executor(self._pool, work)
         except Exception as error:
             raise EngineError(f"the record of calls failed: {type(error).__name__}: {error}") from error
+
+
+async def _accept(listener: socket.socket, server: web.Server) -> None:
+    """Take connections for ever, a bounded number from each process namespace but our own."""
+    loop = asyncio.get_running_loop()
+    taken: dict[str, list[asyncio.BaseTransport]] = {}
+    own = _namespace(os.getpid())
+    while True:
+        try:
+            connection, _ = await loop.sock_accept(listener)
+        except OSError:
+            await asyncio.sleep(0.1)  # out of file descriptors: those that end give theirs back
+            continue
+        peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        whose = _namespace(struct.unpack("3i", peer)[0])
+        open_ones = [transport for transport in taken.get(whose, []) if not transport.is_closing()]
+        if whose != own and len(open_ones) >= CONNECTIONS_EACH:
+            connection.close()
+            continue
+        transport, _ = await loop.connect_accepted_socket(server, connection)
+        taken[whose] = [*open_ones, transport]
+        if len(taken) > MANY_NAMESPACES:
+            taken = {name: left for name, them in taken.items() if (left := [t for t in them if not t.is_closing()])}
+
+
+def _namespace(pid: int) -> str:
+    try:
+        return os.readlink(f"/proc/{pid}/ns/pid")
+    except OSError:
+        return "gone"
 
 
 async def _body(request: web.Request) -> JsonValue:

@@ -4,6 +4,7 @@ Trusted up to the moment when the Scaffold's code is imported (`solve`) or execu
 protects the rest is therefore set up before: namespaces by `enter_namespaces` in the process that forks this one,
 private folders, own /proc and loopback by `_furnish`, resource limits by `_set_limits`. Used by `agents.inside` only.
 
+Memory is bounded by `memory_mb` for the processes together, and by `file_mb` for each of `/tmp`, `/work`, `/dev/shm`.
 With `isolated` false (`--sandbox none`) there are no namespaces: sessions, limits and kills only, and no guarantee.
 
 Standard library only. What is imported here is there already when a Scaffold imports it: forked children share it.

@@ -22,6 +22,7 @@ import os
 import queue
 import signal
 import stat
+import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ __all__ = ["ProgramResult", "roll_out", "run_program"]
 DETAIL_CHARS = 4000
 PRINTED_EVENT_CHARS = 2000
 WORK_FOLDER_FILES = 10_000
+WORK_FOLDER_DEPTH = 32
 WORK_FOLDER_FACTOR = 4
 """A program's working folder may hold this many times `file_mb` in all (one file: `file_mb`)."""
 
@@ -56,7 +58,7 @@ class ProgramResult:
     """Beginning and end of what it printed."""
     detail: str
     removed: tuple[str, ...]
-    """What was deleted from the working folder: links, sockets, devices."""
+    """What was deleted from the working folder: links, sockets, devices, and folders nested too deep."""
     calls: CallTotals
 
 
@@ -288,16 +290,35 @@ def _frame(line: bytes) -> dict[str, JsonValue] | None:
     return frame if isinstance(frame, dict) and "\\u0000" not in text else None
 
 
-def _folder_breach(folder: Path, limits: EpisodeLimits) -> Cause | None:
-    entries, total = 0, 0
-    for parent, folders, names in os.walk(folder):
-        entries += len(folders) + len(names)
+def _entries(folder: Path) -> Iterator[tuple[Path, int, os.stat_result]]:
+    """All below a folder as (path, depth, lstat), parents first and before they are read; what vanishes is skipped.
+
+    Not `os.walk`, which a folder nested a thousand deep would break.
+    """
+    waiting = [(folder, 0)]
+    while waiting:
+        parent, depth = waiting.pop()
+        try:
+            names = os.listdir(parent)
+        except OSError:
+            continue
         for name in names:
+            path = parent / name
             try:
-                total += os.lstat(os.path.join(parent, name)).st_blocks * 512
+                status = path.lstat()
             except OSError:
-                continue  # gone meanwhile
-        if entries > WORK_FOLDER_FILES or total > WORK_FOLDER_FACTOR * limits.file_mb * 2**20:
+                continue
+            yield path, depth + 1, status
+            if stat.S_ISDIR(status.st_mode) and depth + 1 < WORK_FOLDER_DEPTH:
+                waiting.append((path, depth + 1))
+
+
+def _folder_breach(folder: Path, limits: EpisodeLimits) -> Cause | None:
+    total_bytes = 0
+    for entries, (_, depth, status) in enumerate(_entries(folder), start=1):
+        total_bytes += status.st_blocks * 512
+        over_bytes = total_bytes > WORK_FOLDER_FACTOR * limits.file_mb * 2**20
+        if entries > WORK_FOLDER_FILES or depth >= WORK_FOLDER_DEPTH or over_bytes:
             return Cause.OUTPUT_LIMIT
     return None
 
@@ -305,15 +326,13 @@ def _folder_breach(folder: Path, limits: EpisodeLimits) -> Cause | None:
 def _sweep(folder: Path) -> tuple[str, ...]:
     """Delete all that is no plain file or folder, so that whoever reads the folder reads what is in it."""
     removed: list[str] = []
-    for parent, folders, names in os.walk(folder):
-        for name in (*folders, *names):
-            path = Path(parent) / name
-            mode = path.lstat().st_mode
-            if stat.S_ISDIR(mode):
-                os.chmod(path, 0o755)
-            elif stat.S_ISREG(mode):
-                os.chmod(path, 0o644)
-            else:
-                path.unlink()
-                removed.append(path.relative_to(folder).as_posix())
+    for path, depth, status in _entries(folder):
+        if stat.S_ISDIR(status.st_mode) and depth < WORK_FOLDER_DEPTH:
+            os.chmod(path, 0o755)
+        elif stat.S_ISREG(status.st_mode):
+            os.chmod(path, 0o644)
+        else:
+            # rm, since Python's own removal of a folder recurses as deep as the folder does
+            subprocess.run(["rm", "-rf", "--", str(path)], check=False)
+            removed.append(path.relative_to(folder).as_posix())
     return tuple(sorted(removed))

@@ -353,6 +353,7 @@ def test_tricks_in_a_programs_output_are_swept(lab: Any, tmp_path: Path) -> None
         os.mkdir("deep"); os.symlink("../..", "deep/up")
         open("script", "w").write("x"); os.chmod("script", 0o6777)
         open("locked", "w").write("y"); os.chmod("locked", 0)
+        os.makedirs("a/b/c")
         os.mkdir("shut"); open("shut/in", "w").write("z"); os.chmod("shut", 0)
     """
     result = program(lab, source, tmp_path)
@@ -360,6 +361,9 @@ def test_tricks_in_a_programs_output_are_swept(lab: Any, tmp_path: Path) -> None
     assert result.removed == ("answers.csv", "deep/up", "loop", "pipe", "root", "socket")
     work = tmp_path / "work"
     assert sorted(p.relative_to(work).as_posix() for p in work.rglob("*")) == [
+        "a",
+        "a/b",
+        "a/b/c",
         "deep",
         "locked",
         "script",
@@ -368,6 +372,20 @@ def test_tricks_in_a_programs_output_are_swept(lab: Any, tmp_path: Path) -> None
     ]
     assert (work / "locked").read_text() == "y"
     assert (work / "script").stat().st_mode & 0o7777 == 0o644
+
+
+def test_a_bottomless_folder_breaks_nothing(lab: Any, tmp_path: Path) -> None:
+    source = """
+        import os
+        os.chdir("/work")
+        for _ in range(5000):
+            os.mkdir("d" * 50)
+            os.chdir("d" * 50)
+    """
+    result = program(lab, source, tmp_path)
+    assert result.cause in {Cause.FINISHED, Cause.OUTPUT_LIMIT}, result
+    assert len(result.removed) == 1
+    assert max(len(p.relative_to(tmp_path).parts) for p in tmp_path.rglob("*")) < 40
 
 
 @pytest.mark.parametrize(

@@ -347,6 +347,20 @@ def broken_engine_hidden(problem, tools):
     return "all is well"
 
 
+def gateway_flood(problem, tools):
+    hold = []
+    for _ in range(5):
+        if os.fork() == 0:
+            break
+    while True:
+        try:
+            client = socket.socket(socket.AF_UNIX)
+            client.connect("/run/gateway.sock")
+            hold.append(client)
+        except OSError:
+            time.sleep(0.02)
+
+
 def gateway_junk(problem, tools):
     for junk in (b"\0" * 1000, b"GET / HTTP/1.1\r\n\r\n", b"POST /e/x/v1/completions HTTP/1.1\r\nContent-Length: 9"):
         for _ in range(20):
@@ -389,6 +403,7 @@ EXPECTED: dict[str, Cause | set[Cause]] = {
     "cpu_loop_catching": {Cause.CPU_LIMIT, Cause.TIMED_OUT},
     "cpu_in_children": {Cause.CPU_LIMIT, Cause.TIMED_OUT},
     "sleeper": Cause.TIMED_OUT,
+    "gateway_flood": {Cause.CPU_LIMIT, Cause.TIMED_OUT},
     "flood": Cause.OUTPUT_LIMIT,
     "flood_raw": Cause.OUTPUT_LIMIT,
     "flood_log": Cause.OUTPUT_LIMIT,
