@@ -93,6 +93,11 @@ class ProgramRecipe(BaseModel):
         features = f"{self.analyzer} {self.ngrams}-grams (in {self.min_df}+ texts, at most {self.max_features})"
         return f"{name} on TF-IDF of {features}{log}{cut}"
 
+    @property
+    def asks_often(self) -> bool:
+        """Never: these programs call no model."""
+        return False
+
     def price(self) -> float:
         """What the recipe's cost is worth in mean reward: a trifle for features, to choose the smaller of equals."""
         return 1e-9 * self.max_features

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from agents.recipes import Recipe, RecipeSpace
@@ -63,24 +63,33 @@ class RecipeSearch:
             count: how many; fewer come back only when the space is used up.
             around: the recipe whose neighbours are worth a look (None: no such recipe).
             neighbours: how many of the batch differ from `around` in one choice. Openings that are still untried
-                go first and may take two thirds of the batch; TPE proposes what remains.
+                go first and may take two thirds of the batch; TPE proposes what remains. Of recipes that call the
+                model several times an Episode, a batch takes one in four at most: they cost that much more.
         """
         batch: list[Recipe] = []
+        dear_left = max(1, count // 4)
 
         def take(recipe: Recipe) -> None:
+            nonlocal dear_left
+            dear_left -= recipe.asks_often
             self.seen.add(recipe)
             batch.append(recipe)
 
+        def fits(recipe: Recipe) -> bool:
+            return recipe not in self.seen and (dear_left > 0 or not recipe.asks_often)
+
         for recipe in self.space.openings():
-            if len(batch) < (2 * count + 2) // 3 and recipe not in self.seen:
+            if len(batch) < (2 * count + 2) // 3 and fits(recipe):
                 take(recipe)
         if around is not None:
-            near = [r for r in self._neighbours(around) if r not in self.seen]
+            near = self._neighbours(around)
             self._random.shuffle(near)
-            for recipe in near[: min(neighbours, count - len(batch))]:
-                take(recipe)
+            last = min(count, len(batch) + neighbours)
+            for recipe in near:
+                if len(batch) < last and fits(recipe):
+                    take(recipe)
         while len(batch) < count:
-            found = self._ask()
+            found = self._ask(fits)
             if found is None:
                 break
             take(found)
@@ -101,8 +110,8 @@ class RecipeSearch:
                     found[other] = None
         return list(found)
 
-    def _ask(self) -> Recipe | None:
-        """A recipe from TPE, or from the scan where TPE keeps repeating itself."""
+    def _ask(self, fits: Callable[[Recipe], bool]) -> Recipe | None:
+        """A recipe that fits, from TPE, or from the scan where TPE keeps missing."""
         from optuna.trial import TrialState
 
         study, grid = self._open()
@@ -110,9 +119,9 @@ class RecipeSearch:
             trial = study.ask(grid)
             study.tell(trial, state=TrialState.FAIL)  # its result comes through `learn`, in canonical form
             recipe = self.space.build(trial.params)
-            if recipe not in self.seen:
+            if fits(recipe):
                 return recipe
-        return next((recipe for recipe in self._scan() if recipe not in self.seen), None)
+        return next((recipe for recipe in self._scan() if fits(recipe)), None)
 
     def _scan(self) -> Iterator[Recipe]:
         axes = self.space.axes

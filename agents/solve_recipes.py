@@ -185,6 +185,11 @@ class SolveRecipe(BaseModel):
         said = f"instruction {self.instruction}"
         return f"{how}, {said}, {shown}, {drawn}, {read}{end}, {self.max_tokens} tokens"
 
+    @property
+    def asks_often(self) -> bool:
+        """Whether an Episode makes more than one call: a search takes only a few such recipes into a batch."""
+        return self.votes > 1
+
     def price(self) -> float:
         """What the recipe's cost is worth in mean reward: 0.01 a further reply, and a trifle for length.
 

@@ -137,6 +137,14 @@ def test_a_harness_decision_tries_recipes_beside_the_incumbents_and_proposes_the
     assert any(f"{rules.final_problems} train problems against" in reason for reason in decision.reasons)
 
 
+def test_recipes_that_ask_often_are_few_in_a_batch() -> None:
+    for seed in range(5):
+        for recipes, problems in decide(evidence([first()]), seed)[1].calls[:2]:
+            assert problems == SearchRules().problems
+            batch = recipes[:-1]
+            assert sum(recipe.asks_often for recipe in batch) <= max(1, len(batch) // 4)
+
+
 def test_the_draft_is_its_recipe_rendered() -> None:
     decision, _ = decide(evidence([first()]))
     assert decision.draft is not None
