@@ -29,8 +29,8 @@ def mark_crashed(flow_run_id: str) -> None:
 
 
 def enter_flow_run(shop: Workshop) -> None:
-    """Called by the flow as it begins: record which flow run works on the Run, and take SIGTERM back from Prefect, whose
-    own handler would wait for the running shards."""
+    """Called by the flow as it begins: record which flow run works on the Run, and take SIGTERM back from Prefect,
+    whose own handler would wait for the running shards."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _interrupter(shop))
     context = FlowRunContext.get()

@@ -1,8 +1,8 @@
 """Settings: where things live (`Places`), and what a Run was asked to do (`RunSettings`).
 
-Both are read once at the edge. A Run's settings come from its profile (a TOML file in `flows/profiles/` or in the user's
-`<home>/profiles/`), then `SIA_RUN_*` environment variables, then the command line, later ones winning, and are stored
-with the Run; a resumed Run uses the stored ones.
+Both are read once at the edge. A Run's settings come from its profile (a TOML file in `flows/profiles/` or in the
+user's `<home>/profiles/`), then `SIA_RUN_*` environment variables, then the command line, later ones winning, and
+are stored with the Run; a resumed Run uses the stored ones.
 """
 
 from __future__ import annotations

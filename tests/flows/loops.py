@@ -1,4 +1,4 @@
-"""How the tests of the loop run it: small settings on the even-length task with the tiny model, in a home of its own."""
+"""How tests run the loop: small settings on the even-length task with the tiny model, in a home of its own."""
 
 from __future__ import annotations
 
