@@ -21,6 +21,7 @@ from agents.decision import (
     FeedbackAgent,
     RewardProbe,
     ScaffoldDraft,
+    TrainSettings,
     TrialResult,
 )
 from agents.feedback_agent import OfflineFeedbackAgent, SearchRules
@@ -224,6 +225,14 @@ def test_the_weight_lever_is_due_before_the_probe_and_pulled_with_it() -> None:
     assert decision.settings is not None
     assert decision.settings.objective is Objective.GRPO
     assert decision.reasons[-1] == "starts from the base model"
+
+
+def test_the_size_of_a_weight_update_is_the_callers_and_the_objective_is_not() -> None:
+    sparse = RewardProbe(((0.0,) * 8,) * 15 + ((0.0,) * 7 + (1.0,),))
+    seen = replace(evidence(rejected_twice()), probe=sparse)
+    agent = OfflineFeedbackAgent(update={"iterations": 4, "samples": 6})
+    settings = agent.decide(seen, EXAMPLES, 0, Trials(surface)).settings
+    assert settings == TrainSettings(objective=Objective.BEST_OF_N, iterations=4, samples=6)
 
 
 def test_a_later_weight_update_goes_on_from_the_incumbents_adapter() -> None:
