@@ -147,7 +147,8 @@ class SolveRecipe(BaseModel):
 
         Thinking in steps needs a free form: it is kept only in chat without examples, and the answer then
         stands last. Completion always ends at the line's end, or the model would go on to invent problems.
-        One reply is drawn greedily; several must differ, so they are sampled.
+        One reply is drawn greedily; several must differ, so they are sampled, and each is one line unless it shows
+        its steps: without steps, length buys votes nothing and costs the most of all choices.
         """
         change: dict[str, object] = {}
         free = self.style is Style.CHAT and self.shots == 0
@@ -157,7 +158,7 @@ class SolveRecipe(BaseModel):
         if instruction is Instruction.STEPS:
             change["one_line"] = False
             change["extraction"] = _TO_LAST.get(self.extraction, self.extraction)
-        elif self.style is Style.COMPLETION:
+        elif self.style is Style.COMPLETION or self.votes > 1:
             change["one_line"] = True
         if self.style is not Style.CHAT_PREFILL:
             change["opening"] = Opening.ANSWER
@@ -191,12 +192,13 @@ class SolveRecipe(BaseModel):
         return self.votes > 1
 
     def price(self) -> float:
-        """What the recipe's cost is worth in mean reward: 0.01 a further reply, and a trifle for length.
+        """What the recipe's cost is worth in mean reward: 0.01 a further reply and 0.02 a hundred tokens asked for.
 
-        Without it, a search would buy any gain within its noise with five calls for one, which every later Episode
-        and each training rollout pays for; and replies that only vote together share one reward.
+        Without it, a search would buy any gain within its noise with many times the calls and tokens, which every
+        later Episode and each training rollout pays for; and replies that only vote together share one reward.
         """
-        return 0.01 * (self.votes - 1) + 1e-5 * self.max_tokens
+        length = min(self.max_tokens, 16) if self.one_line else self.max_tokens
+        return 0.01 * (self.votes - 1) + 2e-4 * self.votes * length + 1e-6 * self.max_tokens
 
 
 class SolveSpace:

@@ -233,7 +233,16 @@ def test_contradictions_are_resolved() -> None:
     assert recipe(instruction="steps", shots=4).canonical().instruction is Instruction.SHORT
     assert recipe(style="completion").canonical().one_line
     assert recipe(votes=3).canonical().temperature > 0
+    assert recipe(votes=3).canonical().one_line
+    assert not recipe(votes=3, instruction="steps").canonical().one_line
     assert recipe(temperature=1.0).canonical().temperature == 0
+
+
+def test_a_recipe_that_asks_for_more_costs_more() -> None:
+    one = recipe(one_line=True)
+    for dearer in (recipe(one_line=True, votes=3), recipe(one_line=True, max_tokens=64), recipe(max_tokens=64)):
+        assert dearer.price() > one.price()
+    assert one.price() < 0.002
 
 
 def test_limits_of_the_task_bound_the_space() -> None:
