@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from flows.server import PRIVACY, ensure_server, stop_server
-from flows.settings import Places
+from flows.server_process import PRIVACY
 from training.base_model import ensure_base_model, write_tiny_model
 
+ROOT = Path(__file__).resolve().parent.parent
 os.environ.update(PRIVACY)  # before any test imports prefect
 
 
@@ -29,13 +32,22 @@ def tiny(smollm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def prefect_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real local Prefect server for the session."""
-    home = tmp_path_factory.mktemp("prefect-home")
-    places = Places(home=home, cache=home, database_url="")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("PREFECT_API_URL", raising=False)
-        info = ensure_server(places, lambda _: None)
-    yield info.api_url
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("PREFECT_API_URL", raising=False)
-        stop_server(places)
+    """A real local Prefect server for the session, started and stopped by a process of its own: to this one it is a
+    server that the user names by `PREFECT_API_URL`, which is used and never stopped."""
+    env = {**os.environ, "SIA_HOME": str(tmp_path_factory.mktemp("prefect-home"))}
+    env.pop("PREFECT_API_URL", None)
+
+    def server(*command: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "flows", "server", *command],
+            env=env,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return done.stdout
+
+    server("start")
+    yield json.loads(server("status", "--json"))["api_url"]
+    server("stop")

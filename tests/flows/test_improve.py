@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -141,54 +142,25 @@ def test_a_transient_fault_in_each_step_retries_that_step_alone(
     }
     assert set(by_name) == set(FAULTS), "a fault is injected into each of the steps"
     script(monkeypatch, [Lever.WEIGHTS])
-    faulted: set[str] = set()
+    calls: dict[str, list[str]] = {name: [] for name in FAULTS}
     for name, (module, function) in FAULTS.items():
         real = getattr(module, function)
 
-        def once(*args: object, _real: Callable[..., object] = real, _name: str = name, **kwargs: object) -> object:
-            if _name not in faulted:
-                faulted.add(_name)
-                raise ConnectionError(f"injected into {_name}")
-            return _real(*args, **kwargs)
+        def first_fails(
+            shop: Workshop, *args: object, _real: Callable[..., object] = real, _seen: list[str] = calls[name]
+        ) -> object:
+            _seen.append(repr(args))
+            if len(_seen) == 1:
+                raise ConnectionError("injected")
+            return _real(shop, *args)
 
-        monkeypatch.setattr(module, function, once)
+        monkeypatch.setattr(module, function, first_fails)
     view = run(places_in(tmp_path), tiny, generations=2, **{"weights.samples": 8, "weights.problems": 6})
-    assert faulted == set(FAULTS)
     assert view.status == "finished"
-    counts = task_run_counts(view.flow_run_id or "")
-    retried = {name: [c for task, c in counts if task == name and c > 1] for name in FAULTS}
-    assert retried == {name: [2] for name in FAULTS}
-
-
-def task_run_counts(flow_run_id: str) -> list[tuple[str, int]]:
-    """(step, how often it ran) for each task run of a flow run, from the server."""
-    import time
-    from uuid import UUID
-
-    from prefect.client.orchestration import get_client
-    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
-
-    names = sorted(FAULTS, key=len, reverse=True)
-    for _ in range(40):  # the server takes task runs in from events, a little later
-        with get_client(sync_client=True) as client:
-            runs = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[UUID(flow_run_id)])))
-        found = [(next((n for n in names if step_of(run.task_key) == n), ""), run.run_count) for run in runs]
-        if runs and all(run.state is not None and run.state.is_final() for run in runs):
-            return found
-        time.sleep(0.25)
-    open_runs = [(run.name, run.state_name) for run in runs if run.state is None or not run.state.is_final()]
-    raise AssertionError(f"{len(runs)} task runs, of which these are not ended: {open_runs}")
-
-
-def step_of(task_key: str) -> str:
-    keys = {
-        "synthesise_scaffold": "scaffold synthesis",
-        "roll_out_shard": "sandboxed rollout",
-        "score_rollout": "verifier scoring",
-        "decide": "feedback decision",
-        "train_step": "conditional training",
-    }
-    return next((name for key, name in keys.items() if key in task_key), "")
+    for name, seen in calls.items():
+        times = Counter(seen)
+        assert times.pop(seen[0]) == 2, f"{name}: the faulted piece of work is done again, once"
+        assert set(times.values()) <= {1}, f"{name}: no other piece of work is repeated"
 
 
 def test_infrastructure_that_keeps_failing_stops_the_run_and_loses_nothing(
