@@ -118,7 +118,7 @@ class OfflineFeedbackAgent:
             tried = bench.run(search.propose(rules.first_batch, own, rules.neighbours), rules.problems)
             for one in tried:
                 search.learn(one.recipe, one.worth)
-            around = next((one.recipe for one in best_first([*tried, *earlier])), own)
+            around = next((one.recipe for one in best_first([*tried, *earlier]) if one.margin > 0), own)
             tried += bench.run(search.propose(rules.second_batch, around, rules.neighbours), rules.problems)
         reasons = [*choice.reasons]
         if tried:
@@ -161,8 +161,9 @@ class _Bench:
         means = [sum(r.rewards) / len(r.rewards) if r.rewards else 0.0 for r in results]
         if self.reference is not None:
             self.level = means[-1]
+        own = None if self.reference is None else results[-1].rewards
         return [
-            Tried(recipe, len(result.rewards), mean, mean - self.level)
+            Tried(recipe, len(result.rewards), mean, mean - self.level, twin=result.rewards == own)
             for recipe, result, mean in list(zip(asked, results, means, strict=True))[: len(recipes)]
         ]
 
@@ -189,4 +190,7 @@ def _verdict(winner: Tried, bench: _Bench) -> str:
         where += " (not on the same problems)"
     if winner.margin > 0:
         return f"proposed, {where}: {winner.recipe.describe()}"
-    return f"none looked better than the incumbent; the best untried is proposed and the gate decides, {where}"
+    return (
+        f"none looked better than the incumbent; the best untried is proposed and the gate decides, {where}: "
+        + winner.recipe.describe()
+    )

@@ -40,7 +40,8 @@ class RecipeSpace(Protocol):
 
 
 class Trial(BaseModel):
-    """One recipe tried on train under some weights: its mean reward less the incumbent's on the same problems."""
+    """One recipe tried on train under some weights: its mean reward, its margin over the incumbent's on the same
+    problems, and whether the two were equal problem by problem."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     recipe: Annotated[Recipe, Field(discriminator="kind")]
@@ -48,6 +49,7 @@ class Trial(BaseModel):
     n: int
     mean: float
     margin: float
+    twin: bool = False
 
 
 def space_for(task: TaskSpec) -> RecipeSpace:

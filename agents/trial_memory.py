@@ -22,6 +22,8 @@ class Tried:
     n: int
     mean: float
     margin: float
+    twin: bool = False
+    """Its rewards equalled the incumbent's problem by problem: the same behaviour in other words, most likely."""
 
     @property
     def worth(self) -> float:
@@ -30,8 +32,8 @@ class Tried:
 
 
 def best_first(tried: Sequence[Tried]) -> list[Tried]:
-    """By worth; equals in a fixed order."""
-    return sorted(tried, key=lambda one: (-one.worth, one.recipe.model_dump_json()))
+    """By worth, twins of the incumbent last (a gate could only reject them); equals in a fixed order."""
+    return sorted(tried, key=lambda one: (one.twin, -one.worth, one.recipe.model_dump_json()))
 
 
 def incumbent_of(evidence: Evidence) -> Attempt:
@@ -80,7 +82,8 @@ def recalled_trials(evidence: Evidence) -> list[Tried]:
             before = None if attempt.parent is None else dev_mean.get(attempt.parent)
             shift = now - before if now is not None and before is not None else 0.0
         for trial in trials:
-            found[trial.recipe] = Tried(trial.recipe, trial.n, trial.mean, trial.margin - shift)
+            twin = trial.twin and attempt.parent == incumbent.generation
+            found[trial.recipe] = Tried(trial.recipe, trial.n, trial.mean, trial.margin - shift, twin)
     return list(found.values())
 
 
@@ -106,6 +109,7 @@ def recorded(draft: ScaffoldDraft, tried: Sequence[Tried], adapter_id: str | Non
                 n=one.n,
                 mean=round(one.mean, 6),
                 margin=round(one.margin, 6),
+                twin=one.twin,
             )
             for one in tried
         ],

@@ -181,6 +181,24 @@ def test_where_none_looks_better_the_best_untried_goes_to_the_gate_and_the_reaso
     assert "none looked better than the incumbent" in decision.reasons[-1]
 
 
+def test_the_incumbents_behaviour_in_other_words_is_not_worth_a_gate() -> None:
+    own = SolveSpace(TASK).openings()[1]
+
+    def same_at_any_length(drafts: Sequence[ScaffoldDraft], problems: int) -> Sequence[TrialResult]:
+        plain = [draft.model_copy(update={"recipe": short(draft.recipe)}) for draft in drafts]
+        return Trials(lambda r: 0.9 if r == own else 0.2)(plain, problems)
+
+    def short(recipe: dict[str, JsonValue] | None) -> dict[str, JsonValue]:
+        return {**(recipe or {}), "max_tokens": own.max_tokens}
+
+    archive = [replace(first(mean=0.9), recipe=own.model_dump(mode="json"))]
+    for seed in range(4):
+        decision = OfflineFeedbackAgent().decide(evidence(archive), EXAMPLES, seed, same_at_any_length)
+        assert decision.draft is not None
+        proposed = parse_recipe(short(decision.draft.recipe))
+        assert proposed != own
+
+
 def test_what_was_tried_is_remembered_through_the_archive() -> None:
     decision, trials = decide(evidence([first()]))
     assert decision.draft is not None
