@@ -10,7 +10,7 @@ run: setup
 	$(BIN)/sia run chain-sum --profile offline
 
 test: setup lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .

@@ -101,8 +101,8 @@ def _evaluate(shop: Workshop, given: Scaffold, adapter: Path | None, split: Spli
     }
     scaffold_id = shop.keep_scaffold(ScaffoldDraft(files=files, note=f"given: {given.path.name}"))
     adapter_id = keep_adapter(shop, adapter, None) if adapter is not None else None
-    shop.store.begin_generation(1, Lever.FIRST, None, scaffold_id=scaffold_id, adapter_id=adapter_id)
-    shop.store.accept(1, True)
+    shop.store.begin_generation(1, Lever.FIRST, None)
+    shop.store.complete_generation(1, scaffold_id=scaffold_id, adapter_id=adapter_id, accepted=True)
     items = [(p.id, 0) for p in shop.task.asked(split)[:problems]]
     rollout_id = plan_rollout(
         shop, RolloutPlan(f"eval/{split}", scaffold_id, adapter_id, generation=1, split=split, items=items)

@@ -166,8 +166,10 @@ class Store:
         adapter_id: str | None = None,
         status: WorkStatus = WorkStatus.DONE,
         note: str | None = None,
+        accepted: bool | None = None,
     ) -> None:
-        """Fill in what was made; FAILED for a candidate that could not be made (then the gate rejects it)."""
+        """Fill in what was made; FAILED for a candidate that could not be made (then the gate rejects it). Only the
+        first Generation is accepted as it is completed; later ones wait for the gate."""
         with self.database.session() as session:
             row = _generation(session, self.run_id, number)
             assert row is not None, "a generation is begun before it is completed"
@@ -175,12 +177,6 @@ class Store:
             row.adapter_id = adapter_id or row.adapter_id
             row.status = status
             row.note = note or row.note
-
-    def accept(self, number: int, accepted: bool) -> None:
-        """Record the gate's word."""
-        with self.database.session() as session:
-            row = _generation(session, self.run_id, number)
-            assert row is not None, "a generation is begun before it is judged"
             row.accepted = accepted
 
     def incumbent(self) -> GenerationRow:

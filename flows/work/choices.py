@@ -26,8 +26,7 @@ def synthesise(shop: Workshop, number: int) -> None:
     store = shop.store
     store.begin_generation(number, Lever.FIRST, None)
     draft = shop.meta_agent.first_scaffold(shop.spec, shop.task.examples(), keyed_seed(shop.settings.seed, "meta"))
-    store.complete_generation(number, scaffold_id=shop.keep_scaffold(draft), note=draft.note)
-    store.accept(number, True)
+    store.complete_generation(number, scaffold_id=shop.keep_scaffold(draft), note=draft.note, accepted=True)
 
 
 # --- which problems -------------------------------------------------------------------------------------------------

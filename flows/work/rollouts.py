@@ -143,10 +143,10 @@ def score_rollout(shop: Workshop, rollout_id: int) -> None:
         assert record.reward is not None, "an episode that is done measures its scaffold"
         scores.append((row.id, record.reward, record.counted_reason))
         wall_s += row.wall_s
-    store.save_scores(rollout_id, scores)
     prompt, completion = store.tokens(rollout_id)
     step = f"{rollout.slot}/{rollout.scaffold_id[:12]}/{rollout.adapter_key[:12] or 'base'}"
     store.spend(rollout.generation, step, prompt_tokens=prompt, completion_tokens=completion, episode_s=wall_s)
+    store.save_scores(rollout_id, scores)  # last, since it closes the rollout
 
 
 def run_all(shop: Workshop, rollout_ids: list[int], attempts: int = 3) -> None:

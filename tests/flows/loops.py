@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import psutil
 from sqlalchemy import create_engine, text
+from sqlalchemy.exc import OperationalError
 
 from flows.settings import Places, RunSettings, load_run_settings
 
@@ -84,7 +87,16 @@ def run_arguments(model: Path, name: str, **more: object) -> list[str]:
 
 
 def recorded(database_url: str) -> dict[str, dict[object, tuple[object, ...]]]:
-    """Table -> primary key -> row, of all that is durably done."""
+    """Table -> primary key -> row, of all that is durably done; nothing if the schema is not there yet."""
+    if not Path(database_url.removeprefix("sqlite:///")).exists():
+        return {}
+    with contextlib.suppress(OperationalError):
+        return read_rows(database_url)
+    return {}
+
+
+def read_rows(database_url: str) -> dict[str, dict[object, tuple[object, ...]]]:
+    """See `recorded`."""
     engine = create_engine(database_url)
     rows: dict[str, dict[object, tuple[object, ...]]] = {}
     with engine.connect() as connection:
@@ -102,13 +114,22 @@ def recorded(database_url: str) -> dict[str, dict[object, tuple[object, ...]]]:
     return rows
 
 
-def kill_and_watch(process: subprocess.Popen[str]) -> list[str]:
-    """`kill -9` the command alone; returns what of its descendants is still there five seconds later."""
+def start_or_resume(places: Places, settings: RunSettings) -> None:
+    """What `sia run --name r` does, for a process of its own."""
+    from flows.control import execute_run, start_run
+    from flows.watch import QuietProgress
+
+    os.environ["SIA_HOME"] = str(places.home)
+    execute_run(places, start_run(places, str(EVEN_LENGTH), settings, "r"), QuietProgress())
+
+
+def kill_and_watch(process: BaseProcess) -> list[str]:
+    """`kill -9` a process alone; returns what of its descendants is still there five seconds later."""
     try:
         family = psutil.Process(process.pid).children(recursive=True)
     except psutil.NoSuchProcess:
         family = []
     process.kill()
-    process.communicate()
+    process.join()
     _, alive = psutil.wait_procs(family, timeout=5)
     return [f"{p.pid} {p.name()}" for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]

@@ -115,9 +115,8 @@ def accepting(monkeypatch: pytest.MonkeyPatch, rule: Callable[[object], bool]) -
 
     def judge(shop: Workshop, number: int, pair: tuple[int, int] | None) -> object:
         row = judged(shop, number, pair)
-        accepted = rule(shop.store.generation(number))
-        row.accepted = accepted
-        shop.store.accept(number, accepted)
+        row.accepted = rule(shop.store.generation(number))
+        shop.store.save_verdict(row)
         return row
 
     monkeypatch.setattr(choices, "judge_candidate", judge)

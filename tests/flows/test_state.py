@@ -178,8 +178,7 @@ def test_scores_close_a_rollout_and_are_written_once(store: Store) -> None:
 
 def test_generations_decisions_and_verdicts_are_found_again(store: Store) -> None:
     store.begin_generation(1, Lever.FIRST, None)
-    store.complete_generation(1, scaffold_id="s1", note="plain chat")
-    store.accept(1, True)
+    store.complete_generation(1, scaffold_id="s1", note="plain chat", accepted=True)
     again = store.begin_generation(1, Lever.HARNESS, None, scaffold_id="s2")
     assert (again.lever, again.scaffold_id, again.status) == ("first", "s1", "done")
     store.begin_generation(2, Lever.HARNESS, 1, scaffold_id="s2")
