@@ -23,9 +23,12 @@ from flows.settings import Places, RunSettings
 from flows.state.database import Database
 from flows.state.store import Store, create_run, find_run, run_names
 from flows.state.tables import RunRow, RunStatus
-from tasks.loader import task_digest
+from tasks.contract import Split
+from tasks.loader import BUILT_IN, find_folder, load_spec, task_digest
 
 BEAT_S = 2.0
+EVAL_PROFILE = "eval"
+"""The profile of a `sia eval`, which is recorded as a Run of one Generation but is none to go on with."""
 
 
 class RunProblem(Exception):
@@ -46,6 +49,7 @@ def start_run(places: Places, task: str, settings: RunSettings, name: str | None
     if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
         raise RunProblem(f"'{name}' cannot name a run; use letters, digits, '.', '_' and '-', at most 64")
     digest = task_digest(task)
+    _check_dev(task, settings)
     database = Database.open(places.database_url)
     try:
         found = find_run(database, name) if name else None
@@ -54,7 +58,8 @@ def start_run(places: Places, task: str, settings: RunSettings, name: str | None
             return found.id
         label = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(task).name) or "run"
         run_id = name or _free_name(label, run_names(database))
-        stored = str(Path(task).resolve()) if "/" in task else task
+        folder = find_folder(task)
+        stored = folder.name if folder.parent == BUILT_IN else str(folder)
         create_run(
             database,
             RunRow(
@@ -69,6 +74,17 @@ def start_run(places: Places, task: str, settings: RunSettings, name: str | None
         return run_id
     finally:
         database.close()
+
+
+def _check_dev(task: str, settings: RunSettings) -> None:
+    """A fresh dev block for each gate needs enough of them."""
+    spec = load_spec(find_folder(task))
+    block, problems = settings.dev_block or spec.dev_block, spec.sizes[Split.DEV]
+    if spec.fresh_dev and settings.generations * block > problems:
+        raise RunProblem(
+            f"{settings.generations} generations need as many dev blocks of {block}, and '{spec.name}' has {problems} "
+            f"dev problems; use --generations {max(1, problems // block)} or fewer, or a smaller --set dev_block"
+        )
 
 
 def execute_run(places: Places, run_id: str, progress: Progress) -> None:
@@ -87,6 +103,8 @@ def execute_run(places: Places, run_id: str, progress: Progress) -> None:
         with owned(places, row):
             if row.status == RunStatus.FINISHED:
                 return
+            if row.profile == EVAL_PROFILE:
+                raise RunProblem(f"'{run_id}' is an evaluation, not a run; do it again with `sia eval`")
             if task_digest(row.task) != row.task_digest:
                 raise RunProblem(f"the task '{row.task}' has changed since '{run_id}' began; start a new run")
             _work(places, database, row, progress)

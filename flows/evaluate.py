@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from agents.archive import Lever
 from agents.decision import ScaffoldDraft
 from agents.scaffold import Scaffold, read_scaffold
-from flows.control import RunProblem, owned, start_run
+from flows.control import EVAL_PROFILE, RunProblem, owned, start_run
 from flows.progress import Progress
 from flows.settings import Places, RunSettings
 from flows.state.database import Database
@@ -24,8 +24,6 @@ from flows.work.weights import keep_adapter
 from flows.workshop import Workshop, close_workshop, open_workshop
 from tasks.contract import Split
 from verifiers.statistics import estimate
-
-EVAL_PROFILE = "eval"
 
 
 class Evaluation(BaseModel):
@@ -85,6 +83,9 @@ def evaluate_scaffold(
             result = _evaluate(shop, given, adapter, split, problems)
             store.set_status(RunStatus.FINISHED)
             return result
+    except KeyboardInterrupt:
+        store.set_status(RunStatus.INTERRUPTED)
+        raise
     except BaseException as error:
         store.set_status(RunStatus.FAILED, error=str(error).splitlines()[0] if str(error) else type(error).__name__)
         raise

@@ -8,11 +8,8 @@ what is missing, so this same flow is also how a Run resumes.
 
 from __future__ import annotations
 
-from typing import Any
-
 from prefect import flow
 from prefect.futures import PrefectFuture
-from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from agents.archive import Lever
 from flows import steps
@@ -22,11 +19,8 @@ from flows.state.tables import GenerationRow, WorkStatus
 from flows.work import choices, weights
 from flows.workshop import Workshop, workshop
 
-RUNNER: TaskRunner[PrefectFuture[Any]] = ThreadPoolTaskRunner(max_workers=4)  # type: ignore[assignment]
-"""Width of the rollouts: as many sandboxes at a time, all of whose calls share the engine's forward passes."""
 
-
-@flow(name="improve", flow_run_name="{run_id}", task_runner=RUNNER)
+@flow(name="improve", flow_run_name="{run_id}")
 def improve(run_id: str) -> None:
     """Improve an agent on a task, as the Run's settings say, until its Generations are used up."""
     shop = workshop(run_id)
@@ -98,7 +92,7 @@ def update_weights(shop: Workshop, candidate: GenerationRow) -> None:
     update, settings = weights.begin_update(shop, candidate)
     adapter_id = update.start_adapter_id
     for iteration in range(1, settings.iterations + 1):
-        rollout_id = choices.plan_training(shop, candidate, iteration, adapter_id, settings.problems)
+        rollout_id = choices.plan_training(shop, candidate, iteration, adapter_id, settings)
         measure(shop, rollout_id)
         shop.progress.step(f"train step {iteration}/{settings.iterations}", None)
         name = label(shop, candidate.number, f"{settings.objective} step {iteration}/{settings.iterations}")

@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 from uuid import UUID
 
 from prefect.client.orchestration import get_client
@@ -40,8 +41,12 @@ def enter_flow_run(shop: Workshop) -> None:
 
 def run_flow(shop: Workshop) -> None:
     """Call the flow in this thread; Ctrl-C first ends the sandboxes, so that nothing waits for them."""
-    from flows.improve import improve
+    from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
+    from flows.improve import improve as improve_flow
+
+    runner: TaskRunner[Any] = ThreadPoolTaskRunner(max_workers=shop.settings.parallel_shards)
+    improve = improve_flow.with_options(task_runner=runner)
     if threading.current_thread() is not threading.main_thread():
         improve(shop.run_id)
         return

@@ -90,7 +90,7 @@ class RunSettings(BaseModel):
         default="smollm2-135m-instruct",
         description="Name of a base model, or path of a folder with model.safetensors and tokenizer.json.",
     )
-    alpha: float = Field(default=0.05, gt=0, lt=1, description="One-sided error of the whole Run's gates.")
+    alpha: float = Field(default=0.05, gt=0, lt=0.5, description="One-sided error of the whole Run's gates.")
     harness_patience: int = Field(default=2, ge=1, description="Rejected harness candidates before weights.")
     dev_block: int | None = Field(default=None, ge=2, description="Problems a gate; the task's own if unset.")
     test_problems: int | None = Field(default=None, ge=1, description="First so many test problems; all if unset.")

@@ -188,7 +188,7 @@ class Workshop:
             ScaffoldError: the files are no Scaffold.
         """
         scaffold = store_scaffold(draft, self.places.scaffolds)
-        self.store.save_scaffold(scaffold.id, self.spec.kind, draft.note, draft.recipe)
+        self.store.save_scaffold(scaffold.id, self.spec.kind, draft.note)
         return scaffold.id
 
     def check(self) -> None:

@@ -93,27 +93,17 @@ class Store:
 
     # --- scaffolds, adapters, generations ----------------------------------------------------------------------
 
-    def save_scaffold(self, scaffold_id: str, kind: str, note: str, recipe: JsonValue) -> None:
+    def save_scaffold(self, scaffold_id: str, kind: str, note: str) -> None:
         """Record a Scaffold whose folder is already in place."""
         with self.database.session() as session:
             if session.get(ScaffoldRow, scaffold_id) is None:
-                session.add(ScaffoldRow(id=scaffold_id, kind=kind, note=note, recipe=recipe))
+                session.add(ScaffoldRow(id=scaffold_id, kind=kind, note=note))
 
     def save_adapter(self, adapter_id: str, base_model: str, parent_id: str | None) -> None:
         """Record an Adapter whose folder is already in place."""
         with self.database.session() as session:
             if session.get(AdapterRow, adapter_id) is None:
                 session.add(AdapterRow(id=adapter_id, base_model=base_model, parent_id=parent_id))
-
-    def recipe(self, scaffold_id: str) -> JsonValue:
-        """The recipe a Scaffold was made by, if it was made by one."""
-        with self.database.session() as session:
-            return session.get_one(ScaffoldRow, scaffold_id).recipe
-
-    def scaffold_note(self, scaffold_id: str) -> str:
-        """What a Scaffold's author said of it."""
-        with self.database.session() as session:
-            return session.get_one(ScaffoldRow, scaffold_id).note
 
     def generations(self) -> list[GenerationRow]:
         """All Generations in order."""
@@ -138,6 +128,7 @@ class Store:
         adapter_id: str | None = None,
         objective: str | None = None,
         note: str = "",
+        recipe: JsonValue = None,
     ) -> GenerationRow:
         """Write a Generation's intent; it is DONE at once if nothing remains to be made."""
         with self.database.session() as session:
@@ -153,6 +144,7 @@ class Store:
                     adapter_id=adapter_id,
                     objective=objective,
                     note=note,
+                    recipe=recipe,
                     status=WorkStatus.DONE if whole else WorkStatus.INTENDED,
                 )
                 session.add(row)
@@ -166,6 +158,7 @@ class Store:
         adapter_id: str | None = None,
         status: WorkStatus = WorkStatus.DONE,
         note: str | None = None,
+        recipe: JsonValue = None,
         accepted: bool | None = None,
     ) -> None:
         """Fill in what was made; FAILED for a candidate that could not be made (then the gate rejects it). Only the
@@ -177,6 +170,7 @@ class Store:
             row.adapter_id = adapter_id or row.adapter_id
             row.status = status
             row.note = note or row.note
+            row.recipe = recipe or row.recipe
             row.accepted = accepted
 
     def incumbent(self) -> GenerationRow:
@@ -392,6 +386,8 @@ class Store:
                 lever=decision.lever,
                 reasons=list(decision.reasons),
                 scaffold_id=scaffold_id,
+                note=decision.draft.note if decision.draft else "",
+                recipe=decision.draft.recipe if decision.draft else None,
                 settings=decision.settings.model_dump(mode="json") if decision.settings else None,
                 evidence=evidence,
             )
@@ -404,6 +400,12 @@ class Store:
             return session.exec(
                 select(GateVerdictRow).where(GateVerdictRow.run_id == self.run_id, GateVerdictRow.gate == gate)
             ).first()
+
+    def verdicts(self) -> list[GateVerdictRow]:
+        """All verdicts in order."""
+        with self.database.session() as session:
+            query = select(GateVerdictRow).where(GateVerdictRow.run_id == self.run_id)
+            return list(session.exec(query.order_by(col(GateVerdictRow.gate))))
 
     def save_verdict(self, row: GateVerdictRow) -> None:
         """Record a verdict and what follows from it for the candidate, in one transaction."""
@@ -516,14 +518,13 @@ class Store:
 
     def attempt(self, row: GenerationRow, dev: Estimate | None) -> Attempt:
         """A Generation as the archive shows it to a Feedback-Agent."""
-        recipe = self.recipe(row.scaffold_id) if row.scaffold_id else None
         return Attempt(
             generation=row.number,
             lever=Lever(row.lever),
             parent=row.parent,
             scaffold_id=row.scaffold_id or "",
             adapter_id=row.adapter_id,
-            recipe=recipe if isinstance(recipe, dict) else None,
+            recipe=row.recipe if isinstance(row.recipe, dict) else None,
             dev=dev,
             accepted=row.accepted,
             objective=Objective(row.objective) if row.objective else None,

@@ -82,7 +82,6 @@ class ScaffoldRow(SQLModel, table=True):
     id: str = Field(primary_key=True, description="sha256 of its files.")
     kind: str
     note: str
-    recipe: JsonValue = Field(default=None, sa_column=_json())
     created_at: datetime = Field(default_factory=now, sa_column=_time())
 
 
@@ -112,6 +111,12 @@ class GenerationRow(SQLModel, table=True):
     objective: str | None = None
     accepted: bool | None = None
     note: str = ""
+    recipe: JsonValue = Field(
+        default=None,
+        sa_column=_json(),
+        description="The author's record of the scaffold and of the trials that led to it. It belongs to the Run: the "
+        "same files may come out of another Run for other reasons.",
+    )
     created_at: datetime = Field(default_factory=now, sa_column=_time())
 
 
@@ -203,6 +208,8 @@ class DecisionRow(SQLModel, table=True):
     lever: str
     reasons: JsonValue = Field(sa_column=_json(False))
     scaffold_id: str | None = Field(default=None, foreign_key="scaffolds.id")
+    note: str = ""
+    recipe: JsonValue = Field(default=None, sa_column=_json())
     settings: JsonValue = Field(default=None, sa_column=_json())
     evidence: JsonValue = Field(default=None, sa_column=_json())
     created_at: datetime = Field(default_factory=now, sa_column=_time())

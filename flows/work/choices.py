@@ -11,7 +11,7 @@ from agents.decision import SHOT_POOL, Evidence, RewardProbe, ScaffoldDraft, Tra
 from agents.episode import Cause
 from flows.keys import draw, keyed_seed
 from flows.state.store import RolloutPlan
-from flows.state.tables import DecisionRow, GateVerdictRow, GenerationRow, WorkStatus
+from flows.state.tables import DecisionRow, GateVerdictRow, GenerationRow
 from flows.work.rollouts import plan_rollout, run_all
 from flows.workshop import Workshop
 from tasks.contract import Problem, Split, TaskKind
@@ -26,7 +26,9 @@ def synthesise(shop: Workshop, number: int) -> None:
     store = shop.store
     store.begin_generation(number, Lever.FIRST, None)
     draft = shop.meta_agent.first_scaffold(shop.spec, shop.task.examples(), keyed_seed(shop.settings.seed, "meta"))
-    store.complete_generation(number, scaffold_id=shop.keep_scaffold(draft), note=draft.note, accepted=True)
+    store.complete_generation(
+        number, scaffold_id=shop.keep_scaffold(draft), note=draft.note, recipe=draft.recipe, accepted=True
+    )
 
 
 # --- which problems -------------------------------------------------------------------------------------------------
@@ -47,14 +49,17 @@ def plan_probe(shop: Workshop, after: int) -> int:
     """The incumbent on train problems at temperature 1, in groups: how do rewards vary?"""
     row = shop.store.incumbent()
     chosen = _train_problems(shop, shop.settings.weights.problems, "probe", after)
-    return plan_rollout(shop, _groups(shop, row, f"probe/gen-{after:02d}", chosen, row.adapter_id))
+    samples = shop.settings.weights.samples
+    return plan_rollout(shop, _groups(row, f"probe/gen-{after:02d}", chosen, samples, row.adapter_id))
 
 
-def plan_training(shop: Workshop, row: GenerationRow, iteration: int, adapter_id: str | None, problems: int) -> int:
+def plan_training(
+    shop: Workshop, row: GenerationRow, iteration: int, adapter_id: str | None, settings: TrainSettings
+) -> int:
     """The training rollout of an iteration: its own draw of train problems, in groups, with the adapter so far."""
-    chosen = _train_problems(shop, problems, "train", row.number, iteration)
+    chosen = _train_problems(shop, settings.problems, "train", row.number, iteration)
     slot = f"train/gen-{row.number:02d}/iter-{iteration:02d}"
-    return plan_rollout(shop, _groups(shop, row, slot, chosen, adapter_id))
+    return plan_rollout(shop, _groups(row, slot, chosen, settings.samples, adapter_id))
 
 
 def plan_test(shop: Workshop, arm: str, row: GenerationRow) -> int:
@@ -77,10 +82,10 @@ def _plan(row: GenerationRow, slot: str, split: Split, problems: Sequence[Proble
 
 
 def _groups(
-    shop: Workshop, row: GenerationRow, slot: str, problems: Sequence[Problem], adapter_id: str | None
+    row: GenerationRow, slot: str, problems: Sequence[Problem], samples: int, adapter_id: str | None
 ) -> RolloutPlan:
     assert row.scaffold_id is not None, "only a whole generation is rolled out"
-    items = [(p.id, sample) for p in problems for sample in range(shop.settings.weights.samples)]
+    items = [(p.id, sample) for p in problems for sample in range(samples)]
     return RolloutPlan(slot, row.scaffold_id, adapter_id, row.number, Split.TRAIN, items, train_policy=True)
 
 
@@ -215,7 +220,7 @@ def _try_out(
     if shop.spec.kind is TaskKind.PROGRAM:
         chosen = list(shop.task.asked(Split.TRAIN))  # a fixed part of train, whatever number is wished
     else:
-        chosen = _train_problems(shop, problems, "trial", after)
+        chosen = _train_problems(shop, problems, "trial", after, problems)
     plans = [
         RolloutPlan(
             slot=f"trial/gen-{after:02d}/{problems}",
@@ -278,6 +283,7 @@ def begin_candidate(shop: Workshop, number: int) -> GenerationRow:
             scaffold_id=incumbent.scaffold_id,
             objective=settings.objective,
             note=f"{settings.objective}: {size}",
+            recipe=incumbent.recipe,
         )
     assert decision.scaffold_id is not None, "a harness update names its scaffold"
     return shop.store.begin_generation(
@@ -286,7 +292,8 @@ def begin_candidate(shop: Workshop, number: int) -> GenerationRow:
         incumbent.number,
         scaffold_id=decision.scaffold_id,
         adapter_id=incumbent.adapter_id,
-        note=shop.store.scaffold_note(decision.scaffold_id),
+        note=decision.note,
+        recipe=decision.recipe,
     )
 
 
@@ -294,9 +301,19 @@ def begin_candidate(shop: Workshop, number: int) -> GenerationRow:
 
 
 def choose_arms(shop: Workshop) -> dict[str, GenerationRow]:
-    """Which Generation each arm of the sealed test is: the first Scaffold, the best harness-only candidate by its dev
-    mean (rejected ones too, so that H is not sandbagged), and the incumbent at the end."""
-    whole = [row for row in shop.store.generations() if row.status == WorkStatus.DONE]
-    harness = [row for row in whole if row.adapter_id is None and dev_rewards(shop, row)]
-    best = max(harness, key=lambda row: (estimate(dev_rewards(shop, row)).mean, -row.number))
-    return dict(zip(ARMS, (whole[0], best, shop.store.incumbent()), strict=True))
+    """Which Generation each arm of the sealed test is: the first Scaffold, the best harness-only candidate on dev, and
+    the incumbent at the end.
+
+    Dev blocks differ in difficulty, so raw dev means of different blocks are not compared. Each candidate has a
+    paired difference to the incumbent of its gate, on the same problems; added up from the first Scaffold on, these
+    differences rank the candidates. Rejected ones take part, so that H is not sandbagged by a strict gate; ties go to
+    the earlier.
+    """
+    store = shop.store
+    rows = {row.number: row for row in store.generations()}
+    worth = {1: 0.0}
+    for verdict in store.verdicts():
+        if verdict.n and rows[verdict.generation].adapter_id is None:
+            worth[verdict.generation] = worth[verdict.incumbent] + verdict.difference
+    best = max(worth, key=lambda number: (worth[number], -number))
+    return dict(zip(ARMS, (rows[1], rows[best], store.incumbent()), strict=True))

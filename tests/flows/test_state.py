@@ -32,8 +32,8 @@ def database(tmp_path: Path) -> Iterator[Database]:
 def store(database: Database) -> Store:
     create_run(database, RunRow(id="run-1", task="t", task_digest="d", profile="offline", seed=0, settings={}))
     store = Store(database, "run-1")
-    store.save_scaffold("s1", "solve", "first", {"kind": "solve"})
-    store.save_scaffold("s2", "solve", "second", None)
+    store.save_scaffold("s1", "solve", "first")
+    store.save_scaffold("s2", "solve", "second")
     return store
 
 

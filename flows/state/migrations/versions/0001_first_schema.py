@@ -46,7 +46,6 @@ def upgrade() -> None:
         sa.Column("id", sqlmodel.sql.sqltypes.AutoString(), nullable=False),
         sa.Column("kind", sqlmodel.sql.sqltypes.AutoString(), nullable=False),
         sa.Column("note", sqlmodel.sql.sqltypes.AutoString(), nullable=False),
-        sa.Column("recipe", sa.JSON(), nullable=True),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
         sa.PrimaryKeyConstraint("id"),
     )
@@ -58,6 +57,8 @@ def upgrade() -> None:
         sa.Column("lever", sqlmodel.sql.sqltypes.AutoString(), nullable=False),
         sa.Column("reasons", sa.JSON(), nullable=False),
         sa.Column("scaffold_id", sqlmodel.sql.sqltypes.AutoString(), nullable=True),
+        sa.Column("note", sqlmodel.sql.sqltypes.AutoString(), nullable=False),
+        sa.Column("recipe", sa.JSON(), nullable=True),
         sa.Column("settings", sa.JSON(), nullable=True),
         sa.Column("evidence", sa.JSON(), nullable=True),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
@@ -116,6 +117,7 @@ def upgrade() -> None:
         sa.Column("objective", sqlmodel.sql.sqltypes.AutoString(), nullable=True),
         sa.Column("accepted", sa.Boolean(), nullable=True),
         sa.Column("note", sqlmodel.sql.sqltypes.AutoString(), nullable=False),
+        sa.Column("recipe", sa.JSON(), nullable=True),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
         sa.ForeignKeyConstraint(
             ["adapter_id"],
