@@ -262,12 +262,14 @@ class Shard:
             self._forget(fd)
             os.close(fd)
         del self._live[number]
+        # A job that was not begun in time has not run: the room's or the machine's fault, so no measurement.
+        idle = "it was not begun in time" if live.began is None and live.stopped is Cause.TIMED_OUT else ""
         over = {"cpu": Cause.CPU_LIMIT, "memory": Cause.MEMORY_LIMIT}.get(str(message.get("over")))
         return Ending(
             number=number,
             status=int(str(message.get("status", 0))),
             stopped=live.stopped or over,
-            lost=str(message.get("lost", "")),
+            lost=str(message.get("lost", "")) or idle,
             wall_s=_float(message.get("wall_s")) or time.monotonic() - (live.began or live.sent),
             cpu_s=_float(message.get("cpu_s")),
             memory_mb=_float(message.get("memory_mb")),
