@@ -54,9 +54,10 @@ def measure(shop: Workshop, *rollout_ids: int) -> None:
     """Roll out and score, whatever of it is still to be done; shards of all the rollouts run side by side."""
     shards: list[PrefectFuture[None]] = []
     waiting = [i for i in rollout_ids if shop.store.rollout(i).status != WorkStatus.DONE]
+    if waiting:
+        shop.begin_step(f"roll out {shop.store.rollout(waiting[0]).slot}", waiting)
     for rollout_id in waiting:
         row = shop.store.rollout(rollout_id)
-        shop.progress.step(f"roll out {row.slot}", row.episodes)
         for shard in shop.store.unfinished_shards(rollout_id):
             name = label(shop, row.generation, f"roll out {row.slot} shard {shard}")
             shards.append(steps.roll_out_shard.submit(shop.run_id, rollout_id, shard, name))

@@ -8,7 +8,7 @@ next steps are all on record never loads the model.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -23,7 +23,6 @@ from flows.settings import Places, RunSettings, SandboxKind
 from flows.state.calls import SqlCallRecorder
 from flows.state.database import Database
 from flows.state.store import Store
-from flows.state.tables import RolloutRow
 from flows.watch import QuietProgress
 from tasks.contract import Problem, Split, Task, TaskSpec
 from tasks.loader import load_task
@@ -55,7 +54,7 @@ class Workshop:
         self._lock = threading.RLock()
         self._parts: dict[str, object] = {}
         self._problems: dict[Split, dict[str, Problem]] = {}
-        self._tallies: dict[int, list[float]] = {}
+        self._done, self._counted, self._reward = 0, 0, 0.0
         self._stopping = threading.Event()
         self._scaffolds: dict[str, Scaffold] = {}
 
@@ -151,24 +150,24 @@ class Workshop:
 
         return self._part("feedback", make)
 
-    def watch_rollout(self, rollout: RolloutRow) -> Callable[[float], None]:
-        """A counter to call with each Episode's reward as it ends; shards of one rollout share it. For the eye only:
-        the scores of record come from the verifier when the rollout is whole."""
+    def begin_step(self, name: str, rollout_ids: Sequence[int]) -> None:
+        """Tell the watcher of a step over some rollouts, those Episodes that are on record counted as done."""
+        rollouts = [self.store.rollout(i) for i in rollout_ids]
+        left = sum(len(self.store.unfinished_episodes(i)) for i in rollout_ids)
+        total = sum(r.episodes for r in rollouts)
         with self._lock:
-            tally = self._tallies.setdefault(rollout.id or 0, [rollout.episodes - self._left(rollout), 0, 0.0])
+            self._done, self._counted, self._reward = total - left, 0, 0.0
+        self.progress.step(name, total)
 
-        def count(reward: float) -> None:
-            with self._lock:
-                tally[0] += 1
-                tally[1] += 1
-                tally[2] += reward
-                done, mean = int(tally[0]), tally[2] / tally[1]
-            self.progress.advance(done, mean)
-
-        return count
-
-    def _left(self, rollout: RolloutRow) -> int:
-        return len(self.store.unfinished_episodes(rollout.id or 0))
+    def count_episode(self, reward: float) -> None:
+        """One Episode of the step has ended. For the eye only: a mean of what the task's verifier says of the answers
+        as they come, before a model-only task asks where they came from. The scores of record come later, from whole
+        rollouts."""
+        with self._lock:
+            self._done += 1
+            self._counted += 1
+            self._reward += reward
+            self.progress.advance(self._done, self._reward / self._counted)
 
     def adapter_path(self, adapter_id: str) -> Path:
         """Folder of an Adapter."""

@@ -10,6 +10,7 @@ from agents.archive import Attempt, Estimate, Lever
 from agents.decision import SHOT_POOL, Evidence, RewardProbe, ScaffoldDraft, TrainSettings, TrialResult
 from agents.episode import Cause
 from flows.keys import draw, keyed_seed
+from flows.records import ARMS
 from flows.state.store import RolloutPlan
 from flows.state.tables import DecisionRow, GateVerdictRow, GenerationRow
 from flows.work.rollouts import plan_rollout, run_all
@@ -17,8 +18,6 @@ from flows.workshop import Workshop
 from tasks.contract import Problem, Split, TaskKind
 from verifiers.gate import GateSchedule, judge
 from verifiers.statistics import estimate
-
-ARMS = ("initial", "harness_only", "winner")
 
 
 def synthesise(shop: Workshop, number: int) -> None:
@@ -233,7 +232,7 @@ def _try_out(
         for draft in drafts
     ]
     ids = [plan_rollout(shop, plan) for plan in plans]
-    shop.progress.step(f"try out {len(ids)} drafts on {len(chosen)} train problems", len(ids) * len(chosen))
+    shop.begin_step(f"try out {len(ids)} drafts on {len(chosen)} train problems", sorted(set(ids)))
     run_all(shop, sorted(set(ids)))
     return [TrialResult(tuple(shop.store.rewards(i).values()), shop.store.causes(i)) for i in ids]
 

@@ -67,12 +67,11 @@ def _run_solve(shop: Workshop, rollout: RolloutRow, rows: list[EpisodeRow]) -> N
     split = Split(rollout.split)
     specs = [EpisodeSpec(row.id or 0, shop.problem(split, row.problem_id), row.sample, row.seed) for row in rows]
     problem_of = {row.id: row.problem_id for row in rows}
-    watch = shop.watch_rollout(rollout)
 
     def on_result(result: EpisodeResult) -> None:
         shop.store.finish_episodes([result])
         if CAUSES[result.cause].measures:
-            watch(shop.task.score(problem_of[result.episode_id], result.answer))
+            shop.count_episode(shop.task.score(problem_of[result.episode_id], result.answer))
 
     roll_out(
         shop.scaffold(rollout.scaffold_id),
@@ -92,7 +91,6 @@ def _run_program(shop: Workshop, rollout: RolloutRow, rows: list[EpisodeRow]) ->
     dataset, working = folder / "dataset", folder / "working"
     shop.task.write_dataset(Split(rollout.split), dataset)
     working.mkdir(parents=True)
-    watch = shop.watch_rollout(rollout)
     outcome = run_program(
         shop.scaffold(rollout.scaffold_id),
         dataset,
@@ -118,7 +116,7 @@ def _run_program(shop: Workshop, rollout: RolloutRow, rows: list[EpisodeRow]) ->
     ]
     shop.store.finish_episodes(results)
     for row in rows:
-        watch(shop.task.score(row.problem_id, answers.get(row.problem_id)))
+        shop.count_episode(shop.task.score(row.problem_id, answers.get(row.problem_id)))
     _keep_log(folder, outcome.log)
 
 
@@ -139,8 +137,7 @@ def score_rollout(shop: Workshop, rollout_id: int) -> None:
     for row in store.episodes(rollout_id):
         assert row.id is not None, "a recorded episode has an id"
         assert row.status == WorkStatus.DONE, "a rollout is scored once all its episodes are done"
-        record = score_episode(shop.task, row.problem_id, True, row.answer, completions.get(row.id, ()))
-        assert record.reward is not None, "an episode that is done measures its scaffold"
+        record = score_episode(shop.task, row.problem_id, row.answer, completions.get(row.id, ()))
         scores.append((row.id, record.reward, record.counted_reason))
         wall_s += row.wall_s
     prompt, completion = store.tokens(rollout_id)

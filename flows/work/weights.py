@@ -69,6 +69,7 @@ def train_step(shop: Workshop, number: int, iteration: int, rollout_id: int) -> 
     parent_id = done[-1].adapter_id if done else update.start_adapter_id
     adapter_id = keep_adapter(shop, folder / "adapter", parent_id)
     wall_s = time.monotonic() - began
+    shop.store.spend(number, f"train/gen-{number:02d}/step-{iteration:02d}", train_s=wall_s)
     shop.store.save_training_step(
         TrainingStepRow(
             weight_update_id=update.id,
@@ -80,7 +81,6 @@ def train_step(shop: Workshop, number: int, iteration: int, rollout_id: int) -> 
         )
     )
     shop.trainer = (number, iteration, trainer)
-    shop.store.spend(number, f"train/gen-{number:02d}/step-{iteration:02d}", train_s=wall_s)
     for old in range(1, iteration + 1 - KEPT_CHECKPOINTS):
         shutil.rmtree(_checkpoint(shop, number, old), ignore_errors=True)
     return adapter_id
@@ -102,6 +102,8 @@ def finish_update(shop: Workshop, number: int) -> None:
         shop.store.finish_weight_update(update.id, WorkStatus.FAILED, None)
         shop.store.complete_generation(number, status=WorkStatus.FAILED, note=note)
     shop.trainer = None
+    # Only going on with the update needed the checkpoints; its adapters are kept elsewhere.
+    shutil.rmtree(_checkpoint(shop, number, 0).parent, ignore_errors=True)
 
 
 def training_episodes(shop: Workshop, rollout_id: int) -> list[TrainEpisode]:
