@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from agents.archive import Lever
 from agents.decision import SHOT_POOL, Decision, Evidence, ScaffoldDraft, TryOut
-from agents.recipes import parse_trials
+from agents.recipes import parse_trials, space_for
 from flows.control import RunProblem, start_run
 from flows.keys import draw, keyed_seed
 from flows.state.database import Database
