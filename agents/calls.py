@@ -43,12 +43,20 @@ class CallRecorder(Protocol):
         """The completion already on record for this call, or None."""
         ...
 
-    def begin(self, key: CallKey, asked: Sampling, request: ModelRequest) -> None:
-        """Write the intent before the call is sent: `asked` by the Scaffold, `request.sampling` as effective."""
+    def begin(self, key: CallKey, asked: Sampling, request: ModelRequest) -> Completion | None:
+        """Write the intent before the call is sent: `asked` by the Scaffold, `request.sampling` as effective.
+
+        Returns:
+            None, or the completion that got on record meanwhile: then nothing is written and nothing is to be sent.
+        """
         ...
 
-    def finish(self, key: CallKey, completion: Completion, wall_s: float) -> None:
-        """Write the completion; returns only when it is durable."""
+    def finish(self, key: CallKey, completion: Completion, wall_s: float) -> Completion:
+        """Write the completion; returns only when it is durable.
+
+        Returns:
+            What is on record, which the Scaffold must get: this one, or an earlier one, which is never replaced.
+        """
         ...
 
     def failed(self, key: CallKey, reason: str) -> None:

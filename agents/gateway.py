@@ -8,7 +8,8 @@
 What it guarantees:
 
 - each call is identified by (Episode, sha256 of what was asked, how many equal ones came before); if that call is on
-  record, the record answers and no model is asked;
+  record, the record answers and no model is asked; if it is still in flight for a sandbox that was lost, whoever asks
+  again waits for that answer instead of a second one, so the record and the Scaffold agree;
 - a new call's intent is recorded before it is sent and its completion is durable before the Scaffold sees it;
 - its random stream is keyed by the Episode's seed and that identity alone: arrival order and batching change nothing;
 - calls and tokens per call are capped; in training temperature and top-p are 1, whatever was asked (both recorded);
@@ -153,6 +154,7 @@ class Gateway:
         self.socket_path = socket_path
         self._call_timeout_s = call_timeout_s
         self._episodes: dict[str, _Episode] = {}
+        self._in_flight: dict[CallKey, asyncio.Task[Completion]] = {}
         self._pool = ThreadPoolExecutor(RECORDER_THREADS, thread_name_prefix="sia-recorder")
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -266,7 +268,9 @@ class Gateway:
         episode = self._episodes.get(request.match_info["token"])
         if episode is None:
             return _refusal(401, "unknown_token", "this token belongs to no running episode")
-        problem_id = episode.problem_id or request.match_info.get("problem")
+        # Only a program names its problem; the path's word against an Episode's own problem counts for nothing.
+        named = None if episode.problem_id is not None else request.match_info.get("problem")
+        problem_id = episode.problem_id or named
         try:
             if problem_id is not None and len(problem_id) > MAX_PROBLEM_ID_CHARS:
                 raise BadRequest("the problem's id in the path is too long")
@@ -280,7 +284,7 @@ class Gateway:
             episode.count("refused")
             return _refusal(429, "call_limit", f"call_limit: at most {episode.policy.max_calls} model calls")
         episode.count("calls")
-        digest = asked_digest(asked)
+        digest = asked_digest(asked, named)
         occurrence = episode.seen[digest]
         episode.seen[digest] += 1
         key = CallKey(episode.episode_id, digest, occurrence, problem_id)
@@ -296,12 +300,33 @@ class Gateway:
         return web.json_response(reply(completion, route, self._engine.name, digest, int(time.time())))
 
     async def _complete(self, episode: _Episode, key: CallKey, asked: Asked) -> Completion:
-        """The completion of one call: from the record, or from the engine and then on record.
+        """The completion of one call, which is answered once however many ask for it at the same time.
 
         Raises:
             RequestError: the request cannot be answered by any attempt.
             EngineError: the engine or the record failed.
         """
+        episode.waiting(+1)
+        try:
+            task = self._in_flight.get(key)
+            if task is not None:
+                # Asked before, by an attempt at this Episode whose sandbox was lost.
+                completion = await asyncio.shield(task)
+                episode.count("replayed")
+                return completion
+            task = self._in_flight[key] = asyncio.create_task(self._ask(episode, key, asked))
+            task.add_done_callback(partial(self._ended, key))
+            return await asyncio.shield(task)
+        finally:
+            episode.waiting(-1)
+
+    def _ended(self, key: CallKey, task: asyncio.Task[Completion]) -> None:
+        del self._in_flight[key]
+        if not task.cancelled():
+            task.exception()  # looked at, since those who waited for it may be gone
+
+    async def _ask(self, episode: _Episode, key: CallKey, asked: Asked) -> Completion:
+        """The completion of one call: from the record, or from the engine and then on record."""
         request = ModelRequest(
             sampling=effective_sampling(asked.sampling, episode.policy),
             seed=call_seed(episode.seed, key.digest, key.occurrence),
@@ -309,29 +334,25 @@ class Gateway:
             prompt=asked.prompt,
             adapter=episode.policy.adapter,
         )
-        episode.waiting(+1)
-        try:
-            on_record = await self._off_loop(lambda: self._recorder.recorded(key))
+        on_record = await self._off_loop(lambda: self._recorder.recorded(key))
+        for attempt in range(ATTEMPTS):
+            if on_record is None:
+                on_record = await self._off_loop(lambda: self._recorder.begin(key, asked.sampling, request))
             if on_record is not None:
                 episode.count("replayed")
                 return on_record
-            for attempt in range(ATTEMPTS):
-                await self._off_loop(lambda: self._recorder.begin(key, asked.sampling, request))
-                began = time.monotonic()
-                try:
-                    completion = await self._submit(request)
-                except (RequestError, EngineError) as error:
-                    reason = f"{type(error).__name__}: {error}"
-                    await self._off_loop(partial(self._recorder.failed, key, reason))
-                    if isinstance(error, RequestError) or attempt == ATTEMPTS - 1:
-                        raise
-                    continue
-                wall_s = time.monotonic() - began
-                await self._off_loop(partial(self._recorder.finish, key, completion, wall_s))
-                return completion
-            raise AssertionError("the last attempt returns or raises")
-        finally:
-            episode.waiting(-1)
+            began = time.monotonic()
+            try:
+                completion = await self._submit(request)
+            except (RequestError, EngineError) as error:
+                reason = f"{type(error).__name__}: {error}"
+                await self._off_loop(partial(self._recorder.failed, key, reason))
+                if isinstance(error, RequestError) or attempt == ATTEMPTS - 1:
+                    raise
+                continue
+            wall_s = time.monotonic() - began
+            return await self._off_loop(partial(self._recorder.finish, key, completion, wall_s))
+        raise AssertionError("the last attempt returns or raises")
 
     async def _submit(self, request: ModelRequest) -> Completion:
         try:

@@ -86,9 +86,16 @@ def effective_sampling(asked: Sampling, policy: CallPolicy) -> Sampling:
     return Sampling(asked.temperature, asked.top_p, max_tokens, asked.stop)
 
 
-def asked_digest(asked: Asked) -> str:
-    """sha256 of the canonical request: equal for requests that ask the same, whatever SDK worded them."""
-    canonical = json.dumps(asdict(asked), sort_keys=True, separators=(",", ":"))
+def asked_digest(asked: Asked, problem_id: str | None = None) -> str:
+    """sha256 of the canonical request: equal for requests that ask the same, whatever SDK worded them.
+
+    Args:
+        asked: what was asked.
+        problem_id: the problem that a program asks about, if it says so. Two problems may have equal texts, and each
+            must find its own answer again; in an Episode of one problem there is nothing to tell apart.
+    """
+    fields = asdict(asked) if problem_id is None else asdict(asked) | {"problem_id": problem_id}
+    canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 

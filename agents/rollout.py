@@ -27,6 +27,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import JsonValue
 
@@ -40,6 +41,11 @@ from tasks.contract import EpisodeLimits
 
 __all__ = ["ProgramResult", "roll_out", "run_program"]
 
+T = TypeVar("T")
+
+WAKE_S = 1.0
+"""Who waits for a sandbox looks up this often: Python raises what a thread is sent (a time-out of Prefect's) only
+between two of its own steps, never inside one long wait."""
 DETAIL_CHARS = 4000
 PRINTED_EVENT_CHARS = 2000
 WORK_FOLDER_FILES = 10_000
@@ -131,7 +137,7 @@ def roll_out(
     thread = threading.Thread(target=main, name="sia-shard")
     thread.start()
     try:
-        while (result := results.get()) is not None:
+        while (result := _next(results)) is not None:
             if isinstance(result, BaseException):
                 raise result
             on_result(result)
@@ -185,7 +191,8 @@ def run_program(
     thread = threading.Thread(target=main, name="sia-program")
     thread.start()
     try:
-        thread.join()
+        while thread.is_alive():
+            thread.join(WAKE_S)
     finally:
         shard.stop()
         thread.join()
@@ -201,6 +208,14 @@ def run_program(
         own = _Verdict(Cause.MEMORY_LIMIT, log[-DETAIL_CHARS:])
     verdict = _judge(ending, totals, limits, sandbox.isolated, own)
     return ProgramResult(verdict.cause, ending.wall_s, log, verdict.detail, removed, totals)
+
+
+def _next(results: queue.SimpleQueue[T]) -> T:
+    while True:
+        try:
+            return results.get(timeout=WAKE_S)
+        except queue.Empty:
+            continue
 
 
 def _judge(ending: Ending, totals: CallTotals, limits: EpisodeLimits, isolated: bool, own: _Verdict) -> _Verdict:

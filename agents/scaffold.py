@@ -7,9 +7,9 @@ folder and renames it.
     scaffold = store_scaffold(ScaffoldDraft(files={"agent.py": "..."}, note="plain chat"), root)
     same = read_scaffold(scaffold.path)
 
-Storing guarantees: relative names that stay inside the folder, bounded size, no links, an `agent.py` that compiles
-(tried in a process of its own, since compiling hostile text can crash an interpreter). It does not look at what the
-code does: that is the sandbox's business, and nothing here ever imports or runs a Scaffold.
+Storing guarantees: relative names that stay inside the folder, bounded size, UTF-8 text, no links, an `agent.py` that
+compiles (tried in a process of its own, since compiling hostile text can crash an interpreter). It does not look at
+what the code does: that is the sandbox's business, and nothing here ever imports or runs a Scaffold.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pathlib import Path, PurePosixPath
 from agents.decision import ScaffoldDraft
 from tasks.contract import TaskKind
 
-__all__ = ["Scaffold", "ScaffoldError", "read_scaffold", "scaffold_digest", "store_scaffold"]
+__all__ = ["Scaffold", "ScaffoldError", "read_draft", "read_scaffold", "scaffold_digest", "store_scaffold"]
 
 MAX_FILES = 200
 MAX_FILE_BYTES = 1_000_000
@@ -101,6 +101,25 @@ def read_scaffold(path: Path) -> Scaffold:
     return Scaffold(scaffold_digest(files), _check(files), path)
 
 
+def read_draft(path: Path) -> ScaffoldDraft:
+    """The files of a user's folder as a draft: storing it gives the Scaffold that `read_scaffold` finds there.
+
+    Python's own `__pycache__` folders are no part of it.
+
+    Raises:
+        ScaffoldError: the folder is missing or is no Scaffold.
+    """
+    files = _read(read_scaffold(path).path)
+    return ScaffoldDraft(files={name: _decode(name, content) for name, content in files.items()}, note=path.name)
+
+
+def _decode(name: str, content: bytes) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise ScaffoldError(f"{name} is no UTF-8 text: remove it, a scaffold holds text files only") from error
+
+
 def _encode(name: str, text: str) -> bytes:
     try:
         return text.encode()
@@ -115,6 +134,7 @@ def _check(files: Mapping[str, bytes]) -> TaskKind:
         _check_name(name)
         if len(content) > MAX_FILE_BYTES:
             raise ScaffoldError(f"{name} has {len(content)} bytes: at most {MAX_FILE_BYTES} are allowed")
+        _decode(name, content)
     clash = next((n for n in files for p in PurePosixPath(n).parents if str(p) in files), None)
     if clash is not None:
         raise ScaffoldError(f"{clash} lies below another file of the same name: rename one of them")

@@ -11,8 +11,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from agents.archive import Lever
-from agents.decision import ScaffoldDraft
-from agents.scaffold import Scaffold, read_scaffold
+from agents.scaffold import Scaffold, read_draft, read_scaffold
 from flows.control import EVAL_PROFILE, RunProblem, owned, start_run
 from flows.progress import Progress
 from flows.settings import Places, RunSettings
@@ -95,12 +94,8 @@ def evaluate_scaffold(
 
 
 def _evaluate(shop: Workshop, given: Scaffold, adapter: Path | None, split: Split, problems: int | None) -> Evaluation:
-    files = {
-        path.relative_to(given.path).as_posix(): path.read_text(encoding="utf-8")
-        for path in sorted(given.path.rglob("*"))
-        if path.is_file()
-    }
-    scaffold_id = shop.keep_scaffold(ScaffoldDraft(files=files, note=f"given: {given.path.name}"))
+    draft = read_draft(given.path)
+    scaffold_id = shop.keep_scaffold(draft.model_copy(update={"note": f"given: {draft.note}"}))
     adapter_id = keep_adapter(shop, adapter, None) if adapter is not None else None
     shop.store.begin_generation(1, Lever.FIRST, None)
     shop.store.complete_generation(1, scaffold_id=scaffold_id, adapter_id=adapter_id, accepted=True)
@@ -110,7 +105,7 @@ def _evaluate(shop: Workshop, given: Scaffold, adapter: Path | None, split: Spli
     )
     if split is Split.TEST:
         shop.store.record_test_read("eval", 1, rollout_id)
-    shop.progress.step(f"roll out eval/{split}", len(items))
+    shop.begin_step(f"roll out eval/{split}", [rollout_id])
     run_all(shop, [rollout_id])
     found = estimate(list(shop.store.rewards(rollout_id).values()))
     return Evaluation(

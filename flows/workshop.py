@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from agents.decision import FeedbackAgent, MetaAgent, ScaffoldDraft
 from agents.gateway import Gateway
@@ -24,7 +24,7 @@ from flows.state.calls import SqlCallRecorder
 from flows.state.database import Database
 from flows.state.store import Store
 from flows.watch import QuietProgress
-from tasks.contract import Problem, Split, Task, TaskSpec
+from tasks.contract import Problem, Split, Task, TaskKind, TaskSpec
 from tasks.loader import load_task
 
 if TYPE_CHECKING:
@@ -98,7 +98,15 @@ class Workshop:
         def make() -> Engine:
             from training.engine import LocalEngine
 
-            return LocalEngine(self.model_folder, self.adapter_path, deterministic=self.settings.deterministic)
+            # A program may never ask a model, so its is converted when it does; who is sure to ask waits (and, where
+            # there is none, is told so) before any work begins.
+            later = self.spec.kind is TaskKind.PROGRAM
+            return LocalEngine(
+                (lambda: self.model_folder) if later else self.model_folder,
+                self.adapter_path,
+                deterministic=self.settings.deterministic,
+                name=Path(self.settings.model or "local").name,
+            )
 
         return self._part("engine", make)
 
@@ -207,12 +215,13 @@ class Workshop:
     def close(self) -> None:
         """End what was opened."""
         with self._lock:
-            gateway, engine = self._parts.get("gateway"), self._parts.get("engine")
-            if isinstance(gateway, Gateway):
-                gateway.stop()
-            if engine is not None:
-                self.engine.close()
+            gateway, engine = self._parts.get("gateway"), cast("Engine | None", self._parts.get("engine"))
             self._parts.clear()
+        # Without the lock, which a thread of theirs may be waiting for (the engine's, for the model's folder).
+        if isinstance(gateway, Gateway):
+            gateway.stop()
+        if engine is not None:
+            engine.close()
 
     def _part(self, name: str, make: Callable[[], Part]) -> Part:
         with self._lock:

@@ -19,12 +19,13 @@ import hashlib
 import importlib.util
 import io
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from tasks.loader import cache_root
 
 MANIFEST = "manifest.json"
 
@@ -54,14 +55,6 @@ SOURCES: dict[str, ModelSource] = {
         end_tokens=("<|im_end|>", "<|endoftext|>"),
     )
 }
-
-
-def cache_root() -> Path:
-    """The folder of everything that can be made again: `SIA_CACHE`, else the platform's user cache."""
-    from platformdirs import user_cache_path
-
-    configured = os.environ.get("SIA_CACHE")
-    return Path(configured) if configured else user_cache_path("sia")
 
 
 def base_model_path(name: str = "smollm2-135m-instruct") -> Path:

@@ -59,28 +59,31 @@ class LocalEngine:
     """An `agents.model.Engine` on this machine's own processor.
 
     Args:
-        model_dir: a model folder (`training.base_model`).
+        model_dir: a model folder (`training.base_model`), or a function that provides one, which is called once, by the
+            worker, when the first call has come. What it raises fails the calls at hand with EngineError.
         adapter_path: where the PEFT adapter folder of an Adapter id lies.
         device: a torch device. Weights are fp32.
         deterministic: compute each call alone, in shapes that depend on nothing else: a Completion is then a bitwise
             function of (weights, request) on one machine. Several times slower.
         max_rows: the most calls decoded together.
         threads: CPU threads of the worker's tensor operations; None leaves torch's own choice.
+        name: what the model is called; by default as its folder, or `local` while a function has yet to provide it.
     """
 
     trainable = True
 
     def __init__(
         self,
-        model_dir: Path,
+        model_dir: Path | Callable[[], Path],
         adapter_path: Callable[[str], Path],
         *,
         device: str = "cpu",
         deterministic: bool = False,
         max_rows: int = 256,
         threads: int | None = None,
+        name: str | None = None,
     ) -> None:
-        self.name = model_dir.name
+        self.name = name or (model_dir.name if isinstance(model_dir, Path) else "local")
         self.stats = EngineStats()
         self._model_dir = model_dir
         self._adapter_path = adapter_path
@@ -224,10 +227,11 @@ class LocalEngine:
 
     def _load(self) -> _Loaded:
         if self._loaded is None:
+            folder = self._model_dir if isinstance(self._model_dir, Path) else self._model_dir()
             self._loaded = _Loaded(
-                facts=read_facts(self._model_dir),
-                tokenizer=load_tokenizer(self._model_dir),
-                model=load_model(self._model_dir, self._device),
+                facts=read_facts(folder),
+                tokenizer=load_tokenizer(folder),
+                model=load_model(folder, self._device),
             )
         return self._loaded
 

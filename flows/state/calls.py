@@ -1,7 +1,9 @@
 """The durable record of model calls: `agents.calls.CallRecorder` over SQL.
 
 Guarantees: a call's intent is committed before it is sent, its completion before the Scaffold sees it; a completion on
-record is never sampled again. Not guaranteed: a call in flight at a kill is sent again (`sends` counts that).
+record is never sampled again, replaced or reset to an intent. Not guaranteed: a call in flight at a kill is sent again
+(`sends` counts that, and repeats after a failing model; a request that the model refused as bad counts once, however
+often it is made again).
 Token ids and log-probabilities are kept as little-endian int32 and float32 arrays.
 """
 
@@ -11,10 +13,10 @@ from collections.abc import Sequence
 
 import numpy as np
 from pydantic import JsonValue
-from sqlalchemy import ColumnElement, insert, select, update
+from sqlalchemy import ColumnElement, Connection, and_, case, insert, select, update
 
 from agents.calls import CallKey
-from agents.model import Completion, ModelRequest, Sampling
+from agents.model import Completion, ModelRequest, RequestError, Sampling
 from flows.state.database import Database
 from flows.state.tables import ModelCallRow, WorkStatus, now
 
@@ -29,28 +31,21 @@ class SqlCallRecorder:
 
     def recorded(self, key: CallKey) -> Completion | None:
         """See `CallRecorder.recorded`."""
-        query = select(
-            _calls.c.text, _calls.c.prompt_ids, _calls.c.completion_ids, _calls.c.logprobs, _calls.c.finish_reason
-        ).where(*_where(key), _calls.c.status == WorkStatus.DONE)
         with self._engine.connect() as connection:
-            row = connection.execute(query).first()
-        if row is None:
-            return None
-        return Completion(
-            text=row.text,
-            prompt_ids=unpack_ids(row.prompt_ids),
-            completion_ids=unpack_ids(row.completion_ids),
-            logprobs=unpack_logprobs(row.logprobs),
-            finish_reason=row.finish_reason,
-        )
+            return _done(connection, key)
 
-    def begin(self, key: CallKey, asked: Sampling, request: ModelRequest) -> None:
+    def begin(self, key: CallKey, asked: Sampling, request: ModelRequest) -> Completion | None:
         """See `CallRecorder.begin`."""
+        refused = and_(_calls.c.status == WorkStatus.FAILED, _calls.c.error.startswith(f"{RequestError.__name__}:"))
         with self._engine.begin() as connection:
             again = connection.execute(
-                update(_calls).where(*_where(key)).values(sends=_calls.c.sends + 1, status=WorkStatus.INTENDED)
+                update(_calls)
+                .where(*_where(key), _calls.c.status != WorkStatus.DONE)
+                .values(sends=_calls.c.sends + case((refused, 0), else_=1), status=WorkStatus.INTENDED)
             )
             if again.rowcount == 0:
+                if (found := _done(connection, key)) is not None:
+                    return found
                 connection.execute(
                     insert(_calls).values(
                         episode_id=key.episode_id,
@@ -69,11 +64,12 @@ class SqlCallRecorder:
                         created_at=now(),
                     )
                 )
+        return None
 
-    def finish(self, key: CallKey, completion: Completion, wall_s: float) -> None:
+    def finish(self, key: CallKey, completion: Completion, wall_s: float) -> Completion:
         """See `CallRecorder.finish`."""
         with self._engine.begin() as connection:
-            connection.execute(
+            written = connection.execute(
                 update(_calls)
                 .where(*_where(key), _calls.c.status != WorkStatus.DONE)
                 .values(
@@ -89,6 +85,8 @@ class SqlCallRecorder:
                     error=None,
                 )
             )
+            earlier = _done(connection, key) if written.rowcount == 0 else None
+        return completion if earlier is None else earlier
 
     def failed(self, key: CallKey, reason: str) -> None:
         """See `CallRecorder.failed`."""
@@ -118,6 +116,22 @@ def pack_logprobs(logprobs: Sequence[float]) -> bytes:
 def unpack_logprobs(packed: bytes | None) -> tuple[float, ...]:
     """The inverse of `pack_logprobs`."""
     return tuple(np.frombuffer(packed or b"", dtype="<f4").tolist())
+
+
+def _done(connection: Connection, key: CallKey) -> Completion | None:
+    query = select(
+        _calls.c.text, _calls.c.prompt_ids, _calls.c.completion_ids, _calls.c.logprobs, _calls.c.finish_reason
+    ).where(*_where(key), _calls.c.status == WorkStatus.DONE)
+    row = connection.execute(query).first()
+    if row is None:
+        return None
+    return Completion(
+        text=row.text,
+        prompt_ids=unpack_ids(row.prompt_ids),
+        completion_ids=unpack_ids(row.completion_ids),
+        logprobs=unpack_logprobs(row.logprobs),
+        finish_reason=row.finish_reason,
+    )
 
 
 def _where(key: CallKey) -> tuple[ColumnElement[bool], ...]:

@@ -74,17 +74,20 @@ class MemoryRecorder:
         with self.lock:
             return self.finished.get(key)
 
-    def begin(self, key: CallKey, asked: Sampling, request: ModelRequest) -> None:
+    def begin(self, key: CallKey, asked: Sampling, request: ModelRequest) -> Completion | None:
         with self.lock:
+            if key in self.finished:
+                return self.finished[key]
             self.begun.append((key, asked, request))
             self.story.append(("begin", key))
+        return None
 
-    def finish(self, key: CallKey, completion: Completion, wall_s: float) -> None:
+    def finish(self, key: CallKey, completion: Completion, wall_s: float) -> Completion:
         assert wall_s >= 0
         time.sleep(self.delay_s)
         with self.lock:
-            self.finished[key] = completion
             self.story.append(("finish", key))
+            return self.finished.setdefault(key, completion)
 
     def failed(self, key: CallKey, reason: str) -> None:
         assert reason

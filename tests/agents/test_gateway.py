@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from agents.calls import CallKey, CallPolicy
 from agents.gateway import Gateway, GatewayError, call_seed
-from agents.model import Completion, ModelRequest, Sampling
+from agents.model import Completion, EngineError, ModelRequest, Sampling
 from agents.requests import BadRequest, asked_digest, parse_asked
 
 POLICY = CallPolicy(adapter="lora-1", train=False, max_calls=50, max_tokens_per_call=40)
@@ -119,6 +119,103 @@ def test_the_record_answers_a_repeated_run(fresh: Any) -> None:
     other = fresh.gateway.open(8, "p", 1, POLICY)
     chat(fresh.gateway, other, "1+1")
     assert len(fresh.engine.requests) == 5, "another Episode's record is not ours"
+
+
+class Slow:
+    """An engine that answers when told to, each asking with a text of its own."""
+
+    name = "slow"
+    trainable = False
+
+    def __init__(self) -> None:
+        self.asked: list[Future[Completion]] = []
+        self.told = threading.Event()
+
+    def submit(self, request: ModelRequest) -> Future[Completion]:
+        self.asked.append(Future())
+        self.told.set()
+        return self.asked[-1]
+
+    def answer(self) -> None:
+        for number, future in enumerate(self.asked):
+            future.set_result(Completion(f"answer {number}", (1,), (2,), (-0.5,), "stop"))
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_a_call_in_flight_is_not_sent_again(fresh: Any, leaves: bool) -> None:
+    engine = Slow()
+    with Gateway(engine, fresh.recorder) as gateway, ThreadPoolExecutor(2) as pool:
+        lost = gateway.open(1, "p", 0, POLICY)
+        if leaves:  # as the sandbox does, with the call in the engine
+            connection = UnixConnection(gateway.socket_path)
+            connection.request("POST", f"/e/{lost}/v1/completions", b'{"prompt": "x"}')
+            assert engine.told.wait(10)
+            connection.close()
+        else:
+            first = pool.submit(post, gateway, f"/e/{lost}/v1/completions", {"prompt": "x"})
+            assert engine.told.wait(10)
+        gateway.close_episode(lost)
+        retried = gateway.open(1, "p", 0, POLICY)
+        again = pool.submit(post, gateway, f"/e/{retried}/v1/completions", {"prompt": "x"})
+        while gateway.totals(retried).calls == 0:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        engine.answer()
+        assert again.result(10).text == "answer 0"
+        assert leaves or first.result(10).text == "answer 0"
+        assert len(engine.asked) == 1
+        totals = gateway.totals(retried)
+        assert (totals.calls, totals.replayed, totals.failures) == (1, 1, 0)
+        assert totals.waited_s >= 0.2, "waiting for an earlier asking is waiting for the model"
+        assert [what for what, _ in fresh.recorder.story] == ["begin", "finish"]
+        (kept,) = fresh.recorder.finished.values()
+        assert kept.text == "answer 0"
+
+
+def test_what_fails_in_flight_fails_for_all_who_wait_and_is_then_asked_afresh(fresh: Any) -> None:
+    engine = Slow()
+    with Gateway(engine, fresh.recorder) as gateway, ThreadPoolExecutor(2) as pool:
+        tokens = [gateway.open(1, "p", 0, POLICY) for _ in range(2)]
+        replies = []
+        for token in tokens:
+            replies.append(pool.submit(post, gateway, f"/e/{token}/v1/completions", {"prompt": "x"}))
+            while gateway.totals(token).calls == 0:
+                time.sleep(0.01)
+        for attempt in range(2):
+            while len(engine.asked) <= attempt:
+                time.sleep(0.01)
+            engine.asked[attempt].set_exception(EngineError("out of memory"))
+        assert [reply.result(10).status for reply in replies] == [503, 503]
+        assert [gateway.failures(token) for token in tokens] == [1, 1]
+        engine.asked.clear()
+        engine.told.clear()
+        once_more = pool.submit(post, gateway, f"/e/{gateway.open(1, 'p', 0, POLICY)}/v1/completions", {"prompt": "x"})
+        assert engine.told.wait(10)
+        engine.answer()
+        assert once_more.result(10).status == 200
+
+
+@pytest.mark.parametrize("when", ["begin", "finish"])
+def test_the_scaffold_gets_what_is_on_record(fresh: Any, when: str) -> None:
+    """Another writer of the same record is faster: between our look and our intent, or while we draw."""
+    theirs = Completion("theirs", (1,), (2,), (-0.5,), "stop")
+
+    class Contested(type(fresh.recorder)):  # type: ignore[misc]
+        def begin(self, key: CallKey, asked: Sampling, request: ModelRequest) -> Completion | None:
+            if when == "begin":
+                self.finished[key] = theirs
+            return super().begin(key, asked, request)  # type: ignore[no-any-return]
+
+        def finish(self, key: CallKey, completion: Completion, wall_s: float) -> Completion:
+            self.finished.setdefault(key, theirs)
+            return super().finish(key, completion, wall_s)  # type: ignore[no-any-return]
+
+    with Gateway(fresh.engine, Contested()) as gateway:
+        assert chat(gateway, gateway.open(1, "p", 0, POLICY), "1+1").text == "theirs"
+    assert len(fresh.engine.requests) == (0 if when == "begin" else 1)
 
 
 def test_intent_before_and_completion_before_the_reply(fresh: Any) -> None:
@@ -269,7 +366,7 @@ def test_any_engine_fault_is_infrastructure(fresh: Any, prompt: str) -> None:
 
 def test_a_failing_record_is_infrastructure(fresh: Any) -> None:
     class Full(type(fresh.recorder)):  # type: ignore[misc]
-        def finish(self, key: CallKey, completion: Completion, wall_s: float) -> None:
+        def finish(self, key: CallKey, completion: Completion, wall_s: float) -> Completion:
             raise OSError("disk full")
 
     with Gateway(fresh.engine, Full()) as gateway:
@@ -289,6 +386,25 @@ def test_calls_carry_their_problem(fresh: Any) -> None:
         "an Episode cannot claim another's problem"
     )
     assert post(fresh.gateway, f"/e/{of_program}/p/{'x' * 300}/v1/completions", body).status == 400
+
+
+def test_problems_of_equal_texts_find_their_own_answers_again(fresh: Any) -> None:
+    seeds: list[dict[str, int]] = []
+    for order in (["one", "two"], ["two", "one"]):
+        token = fresh.gateway.open(1, None, 0, POLICY)
+        for problem in order:
+            assert post(fresh.gateway, f"/e/{token}/p/{problem}/v1/completions", {"prompt": "1+1"}).status == 200
+        assert fresh.gateway.close_episode(token).replayed == len(seeds) * 2
+        assert {(key.problem_id, key.occurrence) for key in fresh.recorder.finished} == {("one", 0), ("two", 0)}
+        seeds.append({key.problem_id or "": request.seed for key, _, request in fresh.recorder.begun})
+    assert len(set(seeds[0].values())) == 2, "each draws its own"
+    digests = {key.digest for key in fresh.recorder.finished}
+    own = fresh.gateway.open(2, "own", 0, POLICY)
+    for path in ("p/one/v1", "v1", "p/two/v1"):
+        post(fresh.gateway, f"/e/{own}/{path}/completions", {"prompt": "1+1"})
+    keys = [key for key in fresh.recorder.finished if key.episode_id == 2]
+    assert [key.occurrence for key in keys] == [0, 1, 2], "an Episode of one problem has one count, whatever the path"
+    assert len({key.digest for key in keys} - digests) == 1
 
 
 def test_waiting_is_measured_once_for_parallel_calls(fresh: Any) -> None:

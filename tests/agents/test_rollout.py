@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -307,6 +308,35 @@ def program(
         episode_id=77,
         seed=5,
     )
+
+
+class TimedOut(Exception):
+    """What a workflow engine raises inside a thread whose time is up."""
+
+
+@pytest.mark.parametrize("kind", ["solve", "program"])
+def test_a_thread_that_waits_can_be_timed_out(lab: Any, tmp_path: Path, no_orphans: None, kind: str) -> None:
+    ended: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            if kind == "solve":
+                lab.run("import time\ndef solve(problem, tools):\n    time.sleep(15)\n", numbered(2))
+            else:
+                program(lab, "import time; time.sleep(15)", tmp_path)
+        except TimedOut as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    time.sleep(1.0)
+    began = time.monotonic()
+    assert thread.ident is not None
+    raised = ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(TimedOut))
+    assert raised == 1
+    thread.join(12)
+    assert ended
+    assert time.monotonic() - began < 8
 
 
 ASKING = """

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agents.decision import ScaffoldDraft
-from agents.scaffold import ScaffoldError, read_scaffold, scaffold_digest, store_scaffold
+from agents.scaffold import ScaffoldError, read_draft, read_scaffold, scaffold_digest, store_scaffold
 from tasks.contract import TaskKind
 
 SOLVE = "def solve(problem, tools):\n    return 1\n"
@@ -133,3 +133,19 @@ def test_a_users_folder(tmp_path: Path) -> None:
     os.symlink("/etc/passwd", tmp_path / "link")
     with pytest.raises(ScaffoldError, match="link is a link"):
         read_scaffold(tmp_path)
+
+
+def test_a_users_folder_as_a_draft(tmp_path: Path) -> None:
+    given = tmp_path / "mine"
+    (given / "lib" / "__pycache__").mkdir(parents=True)
+    (given / "agent.py").write_bytes(SOLVE.encode().replace(b"\n", b"\r\n"))
+    (given / "lib" / "words.txt").write_text("é", encoding="utf-8")
+    (given / "lib" / "__pycache__" / "words.cpython-311.pyc").write_bytes(b"\xff\xfe\0")
+    files = read_draft(given)
+    assert sorted(files.files) == ["agent.py", "lib/words.txt"]
+    assert files.note == "mine"
+    assert store_scaffold(files, tmp_path / "root").id == read_scaffold(given).id, "no line ending is changed"
+    (given / "lib" / "weights.bin").write_bytes(b"\xff\xfe\0")
+    for read in (read_scaffold, read_draft):
+        with pytest.raises(ScaffoldError, match=r"^lib/weights\.bin is no UTF-8 text: remove it.*$"):
+            read(given)

