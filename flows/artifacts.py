@@ -1,4 +1,4 @@
-"""What the Prefect UI shows of a Run: content for its table and markdown artifacts. Pure; `flows.improve` files it."""
+"""What the Prefect UI shows of a Run: content for its table and markdown artifacts. Pure; `flows.publish` files it."""
 
 from __future__ import annotations
 

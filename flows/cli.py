@@ -4,9 +4,10 @@
     sia status                                            where the newest run stands
     sia --task lawbench --max_gen 5 --run_id 1            the same as `sia run`, in the paper's own words
 
-Commands live in `flows.cli_run` (run, resume, eval), `flows.cli_show` (list, status, show, report), `flows.cli_tasks`
-and `flows.cli_server` (server, doctor); errors and exit codes in `flows.cli_errors`. Whatever is heavy (torch, prefect,
-transformers, the database) is imported inside the command that needs it, so that `sia --help` answers at once.
+Commands live in `flows.cli_run` (run, resume, eval), `flows.cli_show` (list, status, show, pool, report),
+`flows.cli_tasks` and `flows.cli_server` (server, doctor); errors and exit codes in `flows.cli_errors`. Whatever is
+heavy (torch, prefect, transformers, the database) is imported inside the command that needs it, so that `sia --help`
+answers at once.
 """
 
 from __future__ import annotations

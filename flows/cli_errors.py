@@ -99,6 +99,7 @@ def _known(error: Exception) -> int | None:
 WRITTEN_FOR_PEOPLE = (
     ("flows.control", "RunProblem"),
     ("flows.views", "UnknownRun"),
+    ("flows.pooling", "PoolingError"),
     ("flows.settings", "SettingsError"),
     ("flows.server", "ServerError"),
     ("flows.state.database", "StateError"),

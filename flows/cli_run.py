@@ -87,7 +87,7 @@ def run(
 
 
 def resume(run: RunName, json: Json = False, quiet: Quiet = False) -> None:
-    """Go on with a run after Ctrl-C, a crash or a power cut; nothing recorded is done again.
+    """Go on with a run after Ctrl-C, a crash or `kill -9`; nothing recorded is done again.
 
     \b
     Example:

@@ -11,7 +11,7 @@ import os
 import re
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,16 +19,17 @@ from filelock import FileLock, Timeout
 
 from flows.progress import Progress
 from flows.server import ensure_server, use_server
+from flows.settings import EVAL_PROFILE as EVAL_PROFILE
 from flows.settings import Places, RunSettings
-from flows.state.database import Database
+from flows.state.database import Database, StateError
 from flows.state.store import Store, create_run, find_run, run_names
 from flows.state.tables import RunRow, RunStatus
 from tasks.contract import Split
 from tasks.loader import BUILT_IN, find_folder, load_spec, task_digest
 
 BEAT_S = 2.0
-EVAL_PROFILE = "eval"
-"""The profile of a `sia eval`, which is recorded as a Run of one Generation but is none to go on with."""
+NAME_ATTEMPTS = 100
+"""So many other runs may take the name that was about to be given before a start is given up."""
 
 
 class RunProblem(Exception):
@@ -57,23 +58,41 @@ def start_run(places: Places, task: str, settings: RunSettings, name: str | None
             _same(found, task, digest, settings)
             return found.id
         label = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(task).name) or "run"
-        run_id = name or _free_name(label, run_names(database))
         folder = find_folder(task)
         stored = folder.name if folder.parent == BUILT_IN else str(folder)
-        create_run(
-            database,
-            RunRow(
-                id=run_id,
-                task=stored,
-                task_digest=digest,
-                profile=settings.profile,
-                seed=settings.seed,
-                settings=settings.model_dump(mode="json"),
-            ),
-        )
-        return run_id
+
+        def create(run_id: str) -> str:
+            create_run(
+                database,
+                RunRow(
+                    id=run_id,
+                    task=stored,
+                    task_digest=digest,
+                    profile=settings.profile,
+                    seed=settings.seed,
+                    settings=settings.model_dump(mode="json"),
+                ),
+            )
+            return run_id
+
+        return create(name) if name else _create_unnamed(database, label, create)
     finally:
         database.close()
+
+
+def _create_unnamed(database: Database, label: str, create: Callable[[str], str]) -> str:
+    """Create a Run under a free name; the next one where another process was quicker to take it.
+
+    Raises:
+        StateError: each of NAME_ATTEMPTS names was taken meanwhile.
+    """
+    for attempt in range(NAME_ATTEMPTS):
+        try:
+            return create(_free_name(label, run_names(database)))
+        except StateError:
+            if attempt == NAME_ATTEMPTS - 1:
+                raise
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _check_dev(task: str, settings: RunSettings) -> None:
@@ -129,6 +148,24 @@ def owned(places: Places, row: RunRow) -> Iterator[None]:
         raise RunProblem(
             f"another process is working on '{row.id}'{who}; watch it with `sia status {row.id}`", 3
         ) from None
+
+
+def is_abandoned(places: Places, database: Database, run_id: str) -> bool:
+    """Whether a Run says that it is running although nobody works on it: its process was killed.
+
+    Decided by trying the Run's lock, and the status is read while it is held, so that a Run that is just starting or
+    ending is not taken for a killed one. Where this home has no lock file of the Run (it was started from another
+    home, on a shared database), nothing can be known and the answer is False.
+    """
+    path = places.run_folder(run_id) / "lock"
+    if not path.is_file():
+        return False
+    try:
+        with FileLock(path, timeout=0):
+            row = find_run(database, run_id)
+            return row is not None and row.status == RunStatus.RUNNING
+    except (Timeout, PermissionError):
+        return False
 
 
 def _work(places: Places, database: Database, row: RunRow, progress: Progress) -> None:

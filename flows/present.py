@@ -17,7 +17,7 @@ from rich.text import Text
 
 from agents.episode import CAUSES, Cause
 from flows import words
-from flows.records import CallView, EpisodeView, GenerationView, RunSummary, RunView, VerdictView
+from flows.records import KILLED, CallView, EpisodeView, GenerationView, RunSummary, RunView, VerdictView
 from flows.scaffold_diff import scaffold_diff
 from flows.settings import Places, SandboxKind
 
@@ -32,7 +32,7 @@ def print_runs(console: Console, runs: Sequence[RunSummary]) -> None:
     if not runs:
         console.print("No runs yet. Start one with: sia run chain-sum", highlight=False)
         return
-    table = _table("Run", "Task", "Seed", "Status", "Gens", "Kept", "Test", "Time")
+    table = text_table("Run", "Task", "Seed", "Status", "Gens", "Kept", "Test", "Time")
     for run in runs:
         table.add_row(
             _text(run.id, "bold"),
@@ -44,7 +44,7 @@ def print_runs(console: Console, runs: Sequence[RunSummary]) -> None:
             "-" if run.winner is None else words.percent(run.winner),
             words.duration(run.active_s),
         )
-    _print_table(console, table)
+    print_table(console, table)
     for run in runs:
         if run.sandbox is SandboxKind.NONE:
             console.print(Text.assemble(_text(run.id), ": ", (words.UNCONFINED, "bold red")))
@@ -69,8 +69,9 @@ def print_status(console: Console, view: RunView) -> None:
             total = "" if work.total is None else f" {work.done}/{work.total}"
             so_far = "" if work.accuracy is None else f", {words.percent(work.accuracy)} so far"
             console.print(_text(f"  {work.what}{total}{so_far}"))
-    if view.status in ("interrupted", "failed"):
-        console.print(_text(f"Go on with: sia resume {view.id}", "bold"))
+    on = words.way_on(view)
+    if on is not None:
+        console.print(_text(on, "bold"))
     _print_evaluations(console, view)
     _print_generations(console, view)
     _print_spending(console, view)
@@ -82,7 +83,7 @@ def print_result(console: Console, view: RunView) -> None:
     for sentence in words.headline(view):
         console.print(_text(sentence))
     if view.test:
-        table = _table("Sealed test", "What it is", "Gen", "n", "Score", "95 % interval")
+        table = text_table("Sealed test", "What it is", "Gen", "n", "Score", "95 % interval")
         for arm in view.test:
             table.add_row(
                 _text(words.ARM_NAMES.get(arm.arm, arm.arm), "bold"),
@@ -92,10 +93,10 @@ def print_result(console: Console, view: RunView) -> None:
                 words.percent(arm.mean),
                 words.bounds(arm.low, arm.high),
             )
-        _print_table(console, table)
+        print_table(console, table)
         console.print(_text(f"Intervals: {view.test[0].method}. A missing answer counts 0.", "dim"))
     if view.test_differences:
-        table = _table("Paired difference", "Points", "95 % interval", "n", "")
+        table = text_table("Paired difference", "Points", "95 % interval", "n", "")
         for found in view.test_differences:
             table.add_row(
                 f"{words.ARM_NAMES[found.left]} - {words.ARM_NAMES[found.right]}",
@@ -104,15 +105,15 @@ def print_result(console: Console, view: RunView) -> None:
                 str(found.n),
                 "same candidate" if found.same else "beyond noise" if found.beyond_noise else "not beyond noise",
             )
-        _print_table(console, table)
+        print_table(console, table)
     _print_evaluations(console, view)
     _print_generations(console, view)
     if view.baselines:
-        table = _table("Published or measured elsewhere", "Score", "Source")
+        table = text_table("Published or measured elsewhere", "Score", "Source")
         for baseline in view.baselines:
             source = baseline.source if baseline.comparable else f"{baseline.source} (not comparable)"
             table.add_row(_text(baseline.name), f"{words.percent_points(baseline.score)} %", _text(source))
-        _print_table(console, table)
+        print_table(console, table)
     _print_spending(console, view)
 
 
@@ -233,7 +234,7 @@ def _print_generations(console: Console, view: RunView) -> None:
     if not view.generations:
         return
     between = " " if console.width >= WIDE else "\n"
-    table = _table("Gen", "Lever", "What it tried", "Dev score", "Gate", "")
+    table = text_table("Gen", "Lever", "What it tried", "Dev score", "Gate", "")
     for generation in view.generations:
         dev = words.dev_score(generation)
         table.add_row(
@@ -244,7 +245,7 @@ def _print_generations(console: Console, view: RunView) -> None:
             _gate(view.verdict_on(generation.number), between),
             _text(words.accepted(generation), "green" if generation.accepted else ""),
         )
-    _print_table(console, table)
+    print_table(console, table)
 
 
 def _gate(verdict: VerdictView | None, between: str) -> str:
@@ -259,7 +260,7 @@ def _gate(verdict: VerdictView | None, between: str) -> str:
 def _print_evaluations(console: Console, view: RunView) -> None:
     if not view.evaluations:
         return
-    table = _table("Evaluated", "Split", "Weights", "n", "Score", "95 % interval")
+    table = text_table("Evaluated", "Split", "Weights", "n", "Score", "95 % interval")
     for found in view.evaluations:
         estimate = found.estimate
         table.add_row(
@@ -270,7 +271,7 @@ def _print_evaluations(console: Console, view: RunView) -> None:
             words.percent(estimate.mean) if estimate else f"{found.done}/{found.episodes} done",
             words.bounds(estimate.low, estimate.high) if estimate else "-",
         )
-    _print_table(console, table)
+    print_table(console, table)
 
 
 def _print_measured(console: Console, view: RunView, generation: GenerationView) -> None:
@@ -312,7 +313,7 @@ def _print_training(console: Console, view: RunView, number: int) -> None:
             continue
         planned = "" if update.iterations is None else f" of {update.iterations}"
         console.print(_text(f"\nWeight update: {update.objective}, {len(update.steps)}{planned} iterations", "bold"))
-        table = _table("Iter", "Mean reward", "Groups alive", "Loss", "KL", "Entropy", "Time")
+        table = text_table("Iter", "Mean reward", "Groups alive", "Loss", "KL", "Entropy", "Time")
         for step in update.steps:
             of = "" if step.groups is None else f"/{step.groups}"
             table.add_row(
@@ -324,7 +325,7 @@ def _print_training(console: Console, view: RunView, number: int) -> None:
                 "-" if step.entropy is None else f"{step.entropy:.3f}",
                 words.duration(step.wall_s),
             )
-        _print_table(console, table)
+        print_table(console, table)
         for step in update.steps:
             if step.skipped is not None:
                 console.print(_text(f"  iteration {step.iteration} took no step: {step.skipped}"))
@@ -347,18 +348,19 @@ def _print_spending(console: Console, view: RunView) -> None:
 
 
 def _status(status: str) -> Text:
-    style = {"finished": "green", "failed": "bold red", "interrupted": "yellow", "running": "cyan"}
+    style = {"finished": "green", "failed": "bold red", "interrupted": "yellow", KILLED: "yellow", "running": "cyan"}
     return Text(status, style.get(status, ""))
 
 
-def _table(*columns: str) -> Table:
+def text_table(*columns: str) -> Table:
+    """A table in the style of all screens: no frame, long cells folded rather than cut."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
 
 
-def _print_table(console: Console, table: Table) -> None:
+def print_table(console: Console, table: Table) -> None:
     """A table with a blank line above it."""
     console.print()
     console.print(table)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import datetime
+from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, JsonValue
 
@@ -17,6 +18,25 @@ from tasks.contract import Baseline
 
 HISTOGRAM_BINS = 10
 """Equal bins over [0, 1] of every reward histogram; a reward of exactly 1 falls into the last."""
+
+
+KILLED = "killed"
+"""Shown instead of "running" for a Run whose process is gone without a word; the tables cannot know of it."""
+
+
+class ArmName(NamedTuple):
+    """How an arm of the sealed test is called: `short` in tables, `what` in words."""
+
+    short: str
+    what: str
+
+
+ARMS: Mapping[str, ArmName] = {
+    "initial": ArmName("initial", "first scaffold, base weights"),
+    "harness_only": ArmName("H", "best harness-only candidate, picked on dev"),
+    "winner": ArmName("W+H", "winner of the whole run"),
+}
+"""The arms of the sealed test, in the order in which they are scored and shown."""
 
 
 class UnknownRun(Exception):

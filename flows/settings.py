@@ -62,6 +62,10 @@ class SandboxKind(StrEnum):
     NONE = "none"
 
 
+EVAL_PROFILE = "eval"
+"""The profile of a `sia eval`, which is recorded as a Run of one Generation but is none to go on with."""
+
+
 class WeightSettings(BaseModel):
     """Size of one WeightUpdate; the objective is chosen by evidence."""
 

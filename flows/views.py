@@ -33,6 +33,7 @@ from flows.measured import (
     read_rollouts,
 )
 from flows.records import (
+    ARMS,
     BlockView,
     DecisionView,
     Difference,
@@ -68,14 +69,7 @@ from flows.trajectories import episode_view
 from tasks.contract import Baseline, TaskError
 from tasks.loader import find_folder, load_spec
 
-__all__ = ["ARMS", "CONTRASTS", "UnknownRun", "episode_view", "list_runs", "run_view"]
-
-ARMS: Mapping[str, str] = {
-    "initial": "first scaffold, base weights",
-    "harness_only": "best harness-only candidate, picked on dev",
-    "winner": "winner of the whole run",
-}
-"""The arms of the sealed test in the order of the table, and what each is in words."""
+__all__ = ["CONTRASTS", "UnknownRun", "episode_view", "list_runs", "run_view"]
 
 CONTRASTS = (("harness_only", "initial"), ("winner", "harness_only"), ("winner", "initial"))
 """The paired differences that are reported: (left, right) means left - right."""
@@ -328,8 +322,8 @@ def _test_arms(
     reads = {read.arm: read for read in session.exec(select(TestReadRow).where(TestReadRow.run_id == run_id))}
     arms: list[TestArm] = []
     finished: dict[str, Measured] = {}
-    for arm, what in ARMS.items():
-        words = what
+    for arm, name in ARMS.items():
+        words = name.what
         read = reads.get(arm)
         rollout = by_id.get(read.rollout_id) if read else None
         estimate = rollout.estimate() if rollout else None

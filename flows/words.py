@@ -9,8 +9,8 @@ import unicodedata
 from collections.abc import Mapping
 
 from agents.archive import Estimate, Lever
-from flows.records import DecisionView, Difference, GenerationView, RunView, TestArm, VerdictView
-from flows.settings import SandboxKind
+from flows.records import ARMS, KILLED, DecisionView, Difference, GenerationView, RunView, TestArm, VerdictView
+from flows.settings import EVAL_PROFILE, SandboxKind
 from flows.state.tables import RunStatus
 
 LEVERS: Mapping[str, str] = {
@@ -20,7 +20,7 @@ LEVERS: Mapping[str, str] = {
     Lever.STOP: "stop",
 }
 
-ARM_NAMES: Mapping[str, str] = {"initial": "initial", "harness_only": "H", "winner": "W+H"}
+ARM_NAMES: Mapping[str, str] = {arm: name.short for arm, name in ARMS.items()}
 """Short names of the arms of the sealed test."""
 
 UNCONFINED = "SANDBOX OFF: scaffold code ran unconfined on this machine, with the user's own rights."
@@ -155,11 +155,21 @@ def _finding(found: Difference) -> str:
 
 
 def _unfinished(view: RunView) -> str:
-    if view.evaluations and not view.generations:
+    if view.profile == EVAL_PROFILE or (view.evaluations and not view.generations):
         return "An evaluation of one scaffold; no search and no sealed test."
-    if view.status == RunStatus.FAILED:
-        return f"This run failed before its sealed test was scored; `sia resume {view.id}` goes on from there."
+    if view.status in (RunStatus.FAILED, KILLED):
+        how = "failed" if view.status == RunStatus.FAILED else "was killed"
+        return f"This run {how} before its sealed test was scored; `sia resume {view.id}` goes on from there."
     return f"The sealed test is not scored yet; the run is {view.status}."
+
+
+def way_on(view: RunView) -> str | None:
+    """What to do about a Run that stopped before its end; None for one that works or is done."""
+    if view.status not in (RunStatus.INTERRUPTED, RunStatus.FAILED, KILLED):
+        return None
+    if view.profile == EVAL_PROFILE:
+        return "An evaluation cannot be resumed; do it again with `sia eval`."
+    return f"Go on with: sia resume {view.id}"
 
 
 def standing(view: RunView) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from pydantic import JsonValue
 from sqlalchemy import func, insert, update
+from sqlalchemy.exc import IntegrityError
 from sqlmodel import Session, col, select
 
 from agents.archive import Attempt, Estimate, Lever, Objective
@@ -228,18 +229,6 @@ class Store:
         """A rollout's row."""
         with self.database.session() as session:
             return session.get_one(RolloutRow, rollout_id)
-
-    def find_rollout(self, slot: str, scaffold_id: str, adapter_id: str | None) -> RolloutRow | None:
-        """The rollout of that key, if it was begun."""
-        with self.database.session() as session:
-            return session.exec(
-                select(RolloutRow).where(
-                    RolloutRow.run_id == self.run_id,
-                    RolloutRow.slot == slot,
-                    RolloutRow.scaffold_id == scaffold_id,
-                    RolloutRow.adapter_key == (adapter_id or ""),
-                )
-            ).first()
 
     def rollouts(self, slot_prefix: str, scaffold_id: str, adapter_id: str | None) -> list[RolloutRow]:
         """Finished rollouts of a (Scaffold, Adapter) whose slot begins so."""
@@ -538,10 +527,11 @@ def create_run(database: Database, row: RunRow) -> None:
     Raises:
         StateError: the name is taken.
     """
-    with database.session() as session:
-        if session.get(RunRow, row.id) is not None:
-            raise StateError(f"there is a run '{row.id}' already")
-        session.add(row)
+    try:
+        with database.session() as session:
+            session.add(row)
+    except IntegrityError:  # the database is asked, since another process may be quicker than a look beforehand
+        raise StateError(f"there is a run '{row.id}' already") from None
 
 
 def find_run(database: Database, run_id: str) -> RunRow | None:

@@ -291,6 +291,6 @@ class SpendingRow(SQLModel, table=True):
     run_id: str = Field(foreign_key="runs.id", index=True)
     generation: int
     step: str
-    kind: str = Field(description="prompt_tokens, completion_tokens, sandbox_s, train_s, wall_s or usd.")
+    kind: str = Field(description="prompt_tokens, completion_tokens, episode_s or train_s.")
     amount: float
     created_at: datetime = Field(default_factory=now, sa_column=_time())

@@ -165,8 +165,11 @@ def tell(
     tested: bool = True,
     keep_h: bool = False,
     calls: bool = True,
+    seed: int = 3,
+    task: str = "no-such-task",
+    digest: str = "0" * 64,
 ) -> str:
-    """Write a Run of `kept` Generations with blocks of n problems; returns its name."""
+    """Write a Run of `kept` Generations with blocks of n problems; returns its name. Test rewards vary by seed."""
     settings = RunSettings(
         generations=kept, sandbox=sandbox, weights=WeightSettings(iterations=3, problems=8, samples=4)
     )
@@ -174,10 +177,10 @@ def tell(
         session.add(
             RunRow(
                 id=run_id,
-                task="no-such-task",
-                task_digest="0" * 64,
+                task=task,
+                task_digest=digest,
                 profile="offline",
-                seed=3,
+                seed=seed,
                 settings=settings.model_dump(mode="json"),
                 status=RunStatus.FINISHED if tested else RunStatus.INTERRUPTED,
                 active_s=754.2,
@@ -235,7 +238,7 @@ def tell(
                 _, s, a, _, p, _ = TRIED[number - 1]
                 rollout = story.rollouts.get(("test", s, a)) if arm == "winner" and number == 2 else None
                 if rollout is None:
-                    made = coins(77 + number, 4 * n, p)
+                    made = coins(77 + number + 1000 * (seed - 3), 4 * n, p)
                     rollout = story.rollout(session, run_id, "test", "test", s, a, number, made, calls=calls)
                 session.add(TestReadRow(run_id=run_id, arm=arm, generation=number, rollout_id=rollout))
         session.add(SpendingRow(run_id=run_id, generation=4, step="train/gen-04", kind="train_s", amount=45.0))

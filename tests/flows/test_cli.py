@@ -136,6 +136,7 @@ COMMANDS = (
     "list",
     "status",
     "show",
+    "pool",
     "report",
     "doctor",
     "tasks list",
