@@ -34,25 +34,24 @@ class Cause(StrEnum):
 
 
 class Meaning(NamedTuple):
-    """What a Cause entails: `retry` the attempt, and `measures` the Scaffold (else it is infrastructure)."""
+    """What a Cause entails: whether it `measures` the Scaffold; else infrastructure failed, and it is tried again."""
 
-    retry: bool
     measures: bool
     text: str
 
 
 CAUSES: Mapping[Cause, Meaning] = {
-    Cause.FINISHED: Meaning(False, True, "returned a JSON answer"),
-    Cause.NO_ANSWER: Meaning(False, True, "returned None or left the problem unanswered"),
-    Cause.BAD_ANSWER: Meaning(False, True, "returned something that is not a JSON value"),
-    Cause.CRASHED: Meaning(False, True, "raised or exited before answering"),
-    Cause.TIMED_OUT: Meaning(False, True, "passed its wall-clock limit and was killed"),
-    Cause.CPU_LIMIT: Meaning(False, True, "used up its CPU time and was killed"),
-    Cause.MEMORY_LIMIT: Meaning(False, True, "asked for more memory than its limit"),
-    Cause.OUTPUT_LIMIT: Meaning(False, True, "wrote more than its output limit"),
-    Cause.CALL_LIMIT: Meaning(False, True, "asked the model more often than its limit"),
-    Cause.SANDBOX_LOST: Meaning(True, False, "the sandbox died under it"),
-    Cause.ENGINE_FAILED: Meaning(True, False, "the model failed to answer"),
+    Cause.FINISHED: Meaning(True, "returned a JSON answer"),
+    Cause.NO_ANSWER: Meaning(True, "returned None or left the problem unanswered"),
+    Cause.BAD_ANSWER: Meaning(True, "returned something that is not a JSON value"),
+    Cause.CRASHED: Meaning(True, "raised or exited before answering"),
+    Cause.TIMED_OUT: Meaning(True, "passed its wall-clock limit and was killed"),
+    Cause.CPU_LIMIT: Meaning(True, "used up its CPU time and was killed"),
+    Cause.MEMORY_LIMIT: Meaning(True, "asked for more memory than its limit"),
+    Cause.OUTPUT_LIMIT: Meaning(True, "wrote more than its output limit"),
+    Cause.CALL_LIMIT: Meaning(True, "asked the model more often than its limit"),
+    Cause.SANDBOX_LOST: Meaning(False, "the sandbox died under it"),
+    Cause.ENGINE_FAILED: Meaning(False, "the model failed to answer"),
 }
 
 

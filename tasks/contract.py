@@ -1,7 +1,7 @@
 """What a Task is: the words every room uses for a benchmark, and the contract a task folder fulfils.
 
 A task folder holds `task.toml` (the `TaskSpec`), `task.md` (the public text an agent may read) and `task.py`
-with `open_task(spec, cache) -> Task`. Gold answers of dev and test exist only inside `Task.score`.
+with `open_task(spec, cache, say) -> Task`. Gold answers of dev and test exist only inside `Task.score`.
 """
 
 from __future__ import annotations

@@ -73,15 +73,6 @@ def verify(directory: Path) -> None:
             raise CheckpointError(f"{path} is missing or damaged")
 
 
-def is_valid(directory: Path) -> bool:
-    """Whether `verify` would accept the folder."""
-    try:
-        verify(directory)
-    except CheckpointError:
-        return False
-    return True
-
-
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

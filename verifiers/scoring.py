@@ -40,15 +40,14 @@ class Reason(StrEnum):
     WRONG = "wrong"
     NO_ANSWER = "no_answer"
     NOT_IN_COMPLETION = "not_in_completion"
-    NOT_MEASURED = "not_measured"
 
 
 @dataclass(frozen=True)
 class ScoreRecord:
-    """The verifier's word on one Episode. `reward` is None only if it was no measurement (infrastructure
-    failed): such an Episode is to be repeated, never to be counted as 0 and never to be left out."""
+    """The verifier's word on one Episode that was measured; one under which infrastructure failed is repeated, and
+    never comes here."""
 
-    reward: float | None
+    reward: float
     counted_reason: Reason
 
 
@@ -61,23 +60,18 @@ class MeanReward:
     mean: float
 
 
-def score_episode(
-    task: Task, problem_id: str, measures: bool, answer: JsonValue, completions: Sequence[str]
-) -> ScoreRecord:
+def score_episode(task: Task, problem_id: str, answer: JsonValue, completions: Sequence[str]) -> ScoreRecord:
     """Score one Episode from its record.
 
     Args:
         task: holds the gold answer and says whether the model-only rule applies.
         problem_id: the Problem that was asked.
-        measures: whether the way the Episode ended measures the Scaffold (`CAUSES[cause].measures`).
         answer: as recorded; None is no answer.
         completions: the texts of all completions recorded for this Episode (used in model-only tasks).
 
     Raises:
         TaskError: the problem is unknown, or the task's verifier returned something outside [0, 1].
     """
-    if not measures:
-        return ScoreRecord(None, Reason.NOT_MEASURED)
     if answer is None:
         return ScoreRecord(0.0, Reason.NO_ANSWER)
     if task.spec.model_only and not occurs_in_completions(answer, task.spec.answer, completions):

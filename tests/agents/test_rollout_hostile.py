@@ -485,7 +485,7 @@ def test_neighbours_are_unaffected(attacked: dict[str, EpisodeResult]) -> None:
 
 
 def test_no_attack_gets_a_free_repeat(attacked: dict[str, EpisodeResult]) -> None:
-    free = {name for name, result in attacked.items() if CAUSES[result.cause].retry}
+    free = {name for name, result in attacked.items() if not CAUSES[result.cause].measures}
     assert free == {"broken_engine_hidden"}, "only the gateway's own word makes an Episode infrastructure"
 
 

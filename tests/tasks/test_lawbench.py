@@ -27,8 +27,8 @@ def accuracy(task: Task, split: Split, working_dir: Path) -> float:
     """As the loop does it: recorded answers, scored outside, over every problem of the split."""
     answers = task.read_answers(working_dir)
     ids = [problem.id for problem in task.problems(split)]
-    records = {i: score_episode(task, i, True, answers.get(i), ()) for i in ids}
-    return mean_reward(ids, {i: r.reward for i, r in records.items() if r.reward is not None}).mean
+    records = {i: score_episode(task, i, answers.get(i), ()) for i in ids}
+    return mean_reward(ids, {i: r.reward for i, r in records.items()}).mean
 
 
 def submit(folder: Path, answers: dict[str, str]) -> Path:
@@ -119,8 +119,8 @@ def test_answers_to_other_splits_do_not_help(lawbench: Task, tmp_path: Path) -> 
 def test_labels_are_matched_exactly(lawbench: Task) -> None:
     problem_id = lawbench.problems(Split.DEV)[0].id
     label = gold_of(lawbench)[problem_id]
-    assert score_episode(lawbench, problem_id, True, label, ()).counted_reason is Reason.RIGHT
+    assert score_episode(lawbench, problem_id, label, ()).counted_reason is Reason.RIGHT
     for wrong in (label + "罪", label[:-1], [label], {"label": label}, 0, True):
-        assert score_episode(lawbench, problem_id, True, wrong, ()).reward == 0.0
+        assert score_episode(lawbench, problem_id, wrong, ()).reward == 0.0
     with pytest.raises(TaskError, match="no problem 'dev-x'"):
         lawbench.score("dev-x", label)
