@@ -10,11 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from flows.server_process import PRIVACY
 from training.base_model import ensure_base_model, write_tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
+settings.register_profile("sia", deadline=None)  # machines are shared: an example's time says nothing
+settings.load_profile("sia")
 os.environ.update(PRIVACY)  # before any test imports prefect
 
 
