@@ -7,6 +7,7 @@ Not guaranteed: that two machines on one PostgreSQL exclude each other; the lock
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
@@ -18,7 +19,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from flows.progress import Progress
-from flows.server import ensure_server, use_server
+from flows.server import ServerError, ensure_server, keep_server, use_server
 from flows.settings import EVAL_PROFILE as EVAL_PROFILE
 from flows.settings import Places, RunSettings
 from flows.state.database import Database, StateError
@@ -179,7 +180,7 @@ def _work(places: Places, database: Database, row: RunRow, progress: Progress) -
         mark_crashed(row.flow_run_id)
     store.set_status(RunStatus.RUNNING, owner=f"{socket.gethostname()}:{os.getpid()}")
     ended = threading.Event()
-    beat = threading.Thread(target=_beat, args=(store, ended), daemon=True)
+    beat = threading.Thread(target=_beat, args=(places, store, progress, ended), daemon=True)
     beat.start()
     try:
         shop = open_workshop(places, database, row.id, progress)
@@ -198,10 +199,12 @@ def _work(places: Places, database: Database, row: RunRow, progress: Progress) -
         close_workshop(row.id)
 
 
-def _beat(store: Store, ended: threading.Event) -> None:
-    """Book working time every few seconds, so that a kill loses little of it."""
+def _beat(places: Places, store: Store, progress: Progress, ended: threading.Event) -> None:
+    """Every few seconds: book working time, so that a kill loses little of it, and see that the server is there."""
     while not ended.wait(BEAT_S):
         store.add_active_time(BEAT_S)
+        with contextlib.suppress(ServerError):  # the run needs it at its end only, and says so there
+            keep_server(places, progress.note)
 
 
 def _same(row: RunRow, task: str, digest: str, settings: RunSettings) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import signal
 import threading
 from collections.abc import Callable
@@ -44,6 +46,10 @@ def run_flow(shop: Workshop) -> None:
     from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
     from flows.improve import improve as improve_flow
+
+    if os.environ.get("SIA_DEBUG") != "1":
+        # What its event client retries while the server is away is no news to the person at the terminal.
+        logging.getLogger("prefect._internal").setLevel(logging.CRITICAL)
 
     runner: TaskRunner[Any] = ThreadPoolTaskRunner(max_workers=shop.settings.parallel_shards)
     improve = improve_flow.with_options(task_runner=runner)

@@ -90,6 +90,19 @@ def ensure_server(places: Places, say: Say) -> ServerInfo:
         return _ensure_locked(places, say)
 
 
+def keep_server(places: Places, say: Say) -> None:
+    """Start our server anew if its process has died, at the same address; nothing to do for a server of the user's.
+
+    Called now and then by a run under way, so that a killed server costs it nothing but a few late events.
+
+    Raises:
+        ServerError: it does not come up again.
+    """
+    record = read_record(places)
+    if record is not None and find_process(record) is None and _external(places) is None:
+        ensure_server(places, say)
+
+
 def server_status(places: Places) -> ServerInfo | None:
     """The server if there is one (healthy or not), without starting anything."""
     external = _external(places)
@@ -156,8 +169,10 @@ def _ensure_locked(places: Places, say: Say) -> ServerInfo:
             say("The local Prefect server does not answer; starting it anew.")
             end(process)
     say("Starting the local Prefect server (about 15 s, once; it stays for the next run).")
+    # A server that died comes back where its clients look for it, so that a run under way goes on talking to it.
+    wished = [port for port in (record.port if record else USUAL_PORT, USUAL_PORT) if is_free(port)]
     for attempt in range(2):  # the second is for a port that somebody else took in between
-        record = launch(places, USUAL_PORT if attempt == 0 and is_free(USUAL_PORT) else free_port())
+        record = launch(places, wished[0] if attempt == 0 and wished else free_port())
         if wait_until_up(record, START_TIMEOUT_S):
             return _info(record, started=True)
         process = find_process(record)

@@ -12,11 +12,13 @@ import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import psutil
 import pytest
 from sqlalchemy import create_engine, text
 from sqlalchemy.exc import OperationalError
 
 from flows.control import RunProblem, execute_run, owned, start_run
+from flows.server_process import read_record
 from flows.settings import Places, RunSettings
 from flows.state.database import Database
 from flows.state.store import Store
@@ -134,6 +136,53 @@ def test_ctrl_c_leaves_a_resumable_run(tmp_path: Path, tiny: Path, prefect_url: 
     assert json.loads(out.splitlines()[-1])["event"] == "result"
     after = recorded(places.database_url)
     assert all(after[table][key] == row for table, rows in before.items() for key, row in rows.items())
+
+
+def test_killed_sandboxes_are_made_again_within_the_run(tmp_path: Path, tiny: Path, prefect_url: str) -> None:
+    places = places_in(tmp_path)
+    process = sia(run_arguments(tiny, "lost", generations=2), environment(places, prefect_url))
+    wait_for_episodes(places, 1)  # the first sandbox is a probe; one that cannot be made at all ends the run
+    victims = 0
+    while process.poll() is None and victims < 2:
+        for child in psutil.Process(process.pid).children():
+            with contextlib.suppress(psutil.Error):
+                if child.name() == "bwrap":
+                    child.kill()
+                    victims += 1
+                    time.sleep(1)
+                    break
+        time.sleep(0.01)
+    _, errors = process.communicate(timeout=END_S)
+    assert process.returncode == 0, errors
+    assert victims == 2
+    engine = create_engine(places.database_url)
+    with engine.connect() as connection:
+        lost, open_, causes = connection.execute(
+            text(
+                "SELECT sum(infrastructure_failures), sum(status != 'done'), group_concat(DISTINCT cause) FROM episodes"
+            )
+        ).one()
+    engine.dispose()
+    assert lost > 0
+    assert open_ == 0, "every episode was measured in the end"
+    assert "sandbox_lost" not in causes
+
+
+@pytest.mark.slow
+def test_a_killed_server_comes_back_under_the_run(tmp_path: Path, tiny: Path) -> None:
+    places = places_in(tmp_path)
+    env = environment(places, "")
+    process = sia(run_arguments(tiny, "served"), env)
+    wait_for_episodes(places, 3)
+    first = read_record(places)
+    assert first is not None
+    psutil.Process(first.pid).kill()
+    _, errors = process.communicate(timeout=END_S)
+    second = read_record(places)
+    sia(["server", "stop"], env).communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert second is not None
+    assert (second.port, second.pid != first.pid) == (first.port, True)
 
 
 def test_a_second_process_on_a_live_run_is_refused(tmp_path: Path, tiny: Path) -> None:
