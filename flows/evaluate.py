@@ -16,7 +16,8 @@ from flows.control import EVAL_PROFILE, RunProblem, owned, start_run
 from flows.progress import Progress
 from flows.settings import Places, RunSettings
 from flows.state.database import Database
-from flows.state.store import RolloutPlan, Store
+from flows.state.rollout_rows import RolloutPlan
+from flows.state.store import Store
 from flows.state.tables import RunStatus
 from flows.work.rollouts import plan_rollout, run_all
 from flows.work.weights import keep_adapter

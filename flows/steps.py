@@ -7,7 +7,10 @@ the truth.
 
 from __future__ import annotations
 
-from prefect import task
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 
@@ -29,77 +32,50 @@ def worth_retrying(_task: object, _run: object, state: State[object]) -> bool:
     return False
 
 
-RETRIES = 2
-RETRY_DELAY_S = 1
 QUICK_S = 300
 LONG_S = 3600
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-@task(
-    name="scaffold synthesis",
-    task_run_name="{label}",
-    retries=RETRIES,
-    retry_delay_seconds=RETRY_DELAY_S,
-    retry_condition_fn=worth_retrying,
-    timeout_seconds=QUICK_S,
-    cache_policy=NO_CACHE,
-)
+def step(name: str, timeout_s: float) -> Callable[[Callable[P, R]], Task[P, R]]:
+    """A Prefect task with what all steps share: two retries of a fault, the label as its run's name, no cache."""
+    return task(
+        name=name,
+        task_run_name="{label}",
+        retries=2,
+        retry_delay_seconds=1,
+        retry_condition_fn=worth_retrying,
+        timeout_seconds=timeout_s,
+        cache_policy=NO_CACHE,
+    )
+
+
+@step("scaffold synthesis", QUICK_S)
 def synthesise_scaffold(run_id: str, number: int, label: str) -> None:
     """The Meta-Agent writes the first Scaffold."""
     choices.synthesise(workshop(run_id), number)
 
 
-@task(
-    name="sandboxed rollout",
-    task_run_name="{label}",
-    retries=RETRIES,
-    retry_delay_seconds=RETRY_DELAY_S,
-    retry_condition_fn=worth_retrying,
-    timeout_seconds=LONG_S,
-    cache_policy=NO_CACHE,
-)
+@step("sandboxed rollout", LONG_S)
 def roll_out_shard(run_id: str, rollout_id: int, shard: int, label: str) -> None:
     """One sandbox's worth of Episodes."""
     rollouts.run_shard(workshop(run_id), rollout_id, shard)
 
 
-@task(
-    name="verifier scoring",
-    task_run_name="{label}",
-    retries=RETRIES,
-    retry_delay_seconds=RETRY_DELAY_S,
-    retry_condition_fn=worth_retrying,
-    timeout_seconds=QUICK_S,
-    cache_policy=NO_CACHE,
-)
+@step("verifier scoring", QUICK_S)
 def score_rollout(run_id: str, rollout_id: int, label: str) -> None:
     """The verifier's word on every Episode, from the recorded answers alone."""
     rollouts.score_rollout(workshop(run_id), rollout_id)
 
 
-@task(
-    name="feedback decision",
-    task_run_name="{label}",
-    retries=RETRIES,
-    retry_delay_seconds=RETRY_DELAY_S,
-    retry_condition_fn=worth_retrying,
-    timeout_seconds=LONG_S,
-    cache_policy=NO_CACHE,
-)
+@step("feedback decision", LONG_S)
 def decide(run_id: str, after: int, probe_rollout: int | None, label: str) -> str:
     """The Feedback-Agent reads the evidence and pulls a lever; returns which."""
     return choices.decide(workshop(run_id), after, probe_rollout).lever
 
 
-@task(
-    name="conditional training",
-    task_run_name="{label}",
-    retries=RETRIES,
-    retry_delay_seconds=RETRY_DELAY_S,
-    retry_condition_fn=worth_retrying,
-    timeout_seconds=LONG_S,
-    cache_policy=NO_CACHE,
-)
+@step("conditional training", LONG_S)
 def train_step(run_id: str, number: int, iteration: int, rollout_id: int, label: str) -> str:
     """One committed step of a WeightUpdate; returns the Adapter's id after it."""
     return weights.train_step(workshop(run_id), number, iteration, rollout_id)

@@ -11,7 +11,7 @@ from agents.decision import SHOT_POOL, Evidence, RewardProbe, ScaffoldDraft, Tra
 from agents.episode import Cause
 from flows.keys import draw, keyed_seed
 from flows.records import ARMS
-from flows.state.store import RolloutPlan
+from flows.state.rollout_rows import RolloutPlan
 from flows.state.tables import DecisionRow, GateVerdictRow, GenerationRow
 from flows.work.rollouts import plan_rollout, run_all
 from flows.workshop import Workshop

@@ -12,7 +12,7 @@ from agents.calls import CallPolicy
 from agents.episode import CAUSES, Cause, EpisodeResult, EpisodeSpec
 from agents.rollout import roll_out, run_program
 from flows.keys import keyed_seed
-from flows.state.store import RolloutPlan
+from flows.state.rollout_rows import RolloutPlan
 from flows.state.tables import EpisodeRow, RolloutRow, WorkStatus
 from flows.workshop import Workshop
 from tasks.contract import Split, TaskKind

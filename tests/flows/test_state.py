@@ -17,7 +17,8 @@ from agents.episode import CAUSES, Cause, EpisodeResult
 from agents.model import Completion, Message, ModelRequest, Sampling
 from flows.state.calls import SqlCallRecorder, pack_ids, pack_logprobs, unpack_ids, unpack_logprobs
 from flows.state.database import Database, StateError, connect, current_revision, migrate, newest_revision
-from flows.state.store import RolloutPlan, Store, create_run, find_run
+from flows.state.rollout_rows import RolloutPlan
+from flows.state.store import Store, create_run, find_run
 from flows.state.tables import EpisodeRow, GateVerdictRow, ModelCallRow, RunRow, RunStatus, SpendingRow, WorkStatus
 
 
