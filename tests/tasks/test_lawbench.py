@@ -5,12 +5,15 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from tasks.contract import Problem, Split, Task, TaskError
+from tasks.loader import BUILT_IN
 from verifiers.scoring import Reason, mean_reward, score_episode
 
 
@@ -124,3 +127,15 @@ def test_labels_are_matched_exactly(lawbench: Task) -> None:
         assert score_episode(lawbench, problem_id, wrong, ()).reward == 0.0
     with pytest.raises(TaskError, match="no problem 'dev-x'"):
         lawbench.score("dev-x", label)
+
+
+def test_the_reference_program_answers_every_row(tmp_path: Path) -> None:
+    dataset, working = tmp_path / "dataset", tmp_path / "working"
+    dataset.mkdir()
+    working.mkdir()
+    (dataset / "train.csv").write_text("id,text,label\n0,aaa,A\n1,aab,A\n2,zzz,Z\n3,zzy,Z\n", encoding="utf-8")
+    (dataset / "test.csv").write_text("id,text\nx,aaaa\ny,zzzz\n", encoding="utf-8")
+    agent = BUILT_IN / "lawbench" / "reference" / "linear" / "agent.py"
+    command = [sys.executable, str(agent), "--dataset_dir", str(dataset), "--working_dir", str(working)]
+    subprocess.run(command, check=True)
+    assert (working / "submission.csv").read_text().split() == ["id,label", "x,A", "y,Z"]
