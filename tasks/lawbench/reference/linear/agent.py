@@ -1,4 +1,4 @@
-"""The plain linear baseline that results on LawBench stand beside: sublinear TF-IDF of characters 1-2, LinearSVC, C = 1.
+"""The linear baseline that results on LawBench stand beside: sublinear TF-IDF of characters 1-2, LinearSVC, C = 1.
 
 sia eval lawbench --scaffold tasks/lawbench/reference/linear
 """
