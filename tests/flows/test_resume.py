@@ -70,8 +70,9 @@ def test_killed_at_25_random_moments_it_ends_as_if_never_killed(
     work = Workers()
     settings = small_settings(tiny, deterministic=True)
     whole = places_in(tmp_path / "whole")
-    began = time.monotonic()
     reference = work.start(whole, settings)
+    wait_for_episodes(whole, 1)  # the first process waits for the imports too
+    began = time.monotonic()
     reference.join(END_S)
     assert reference.exitcode == 0
     length_s = time.monotonic() - began
@@ -86,7 +87,7 @@ def test_killed_at_25_random_moments_it_ends_as_if_never_killed(
         known: dict[str, dict[object, tuple[object, ...]]] = {}
         while True:
             process = work.start(places, settings)
-            process.join(moments.uniform(0, 0.6) * length_s if kills < KILLS else END_S)
+            process.join(moments.uniform(0, 0.5) * length_s if kills < KILLS else END_S)
             if process.exitcode is None:
                 kills += 1
                 assert kill_and_watch(process) == []
