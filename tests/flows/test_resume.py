@@ -141,13 +141,14 @@ def test_ctrl_c_leaves_a_resumable_run(tmp_path: Path, tiny: Path, prefect_url: 
 
 def test_killed_sandboxes_are_made_again_within_the_run(tmp_path: Path, tiny: Path, prefect_url: str) -> None:
     places = places_in(tmp_path)
-    process = sia(run_arguments(tiny, "lost", generations=2), environment(places, prefect_url))
+    process = sia(run_arguments(tiny, "lost", generations=2, deterministic=True), environment(places, prefect_url))
     wait_for_episodes(places, 1)  # the first sandbox is a probe; one that cannot be made at all ends the run
     victims = 0
     while process.poll() is None and victims < 2:
         for child in psutil.Process(process.pid).children():
             with contextlib.suppress(psutil.Error):
-                if child.name() == "bwrap":
+                # A young one: its episodes are still open, and calls computed one by one keep them so for a while.
+                if child.name() == "bwrap" and time.time() - child.create_time() < 0.5:
                     child.kill()
                     victims += 1
                     time.sleep(1)
