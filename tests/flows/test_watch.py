@@ -142,13 +142,16 @@ def test_a_torn_pipe_ends_nothing(tty: bool, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_nonsense_ends_nothing() -> None:
-    for progress in (in_log()[0], JsonProgress(io.StringIO(), Hand())):
+    stream = io.StringIO()
+    for progress in (in_log()[0], JsonProgress(stream, Hand())):
         progress.advance(5, 0.5)
         progress.generation(9, 2, "", "")
         progress.step("s", 0)
         progress.advance(-3, float("nan"))
         progress.close()
         progress.advance(1, None)
+    events = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert {"generation", "step"} <= {event["event"] for event in events}
 
 
 def test_many_threads_write_whole_lines() -> None:
